@@ -1,0 +1,231 @@
+"""What a user asks for: one YAML file, one frozen model, one sentence per mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from statsvc.codec import CODECS
+from statsvc.errors import PlanError
+from statsvc.normalizations import METHODS
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# What pydantic calls the rules that a plan can break, in the words of a plan.
+RULES = {
+    "int_type": "a whole number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "too_short": "a list with at least one entry",
+    "string_too_short": "a name",
+}
+# The last part of the place of a mistake, where a value may be of several types.
+UNION_MEMBERS = ("int", "constrained-int", "literal['all']", "literal['auto']", "[key]")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
+
+def one_of(table: Any) -> BeforeValidator:
+    """A value that must be a key of a table, so that a new entry there is a new choice here."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is not one of {', '.join(table)}")
+        if value not in table:
+            raise ValueError(f"{value!r} is not one of {', '.join(table)}{nearest(value, table)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def nearest(word: str, valid: Any) -> str:
+    """A question that names the valid word nearest to a misspelt one, or nothing."""
+    match = difflib.get_close_matches(word, list(valid), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+class Section(BaseModel):
+    """Strict: an unknown key or a value of another type is refused, never guessed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Data(Section):
+    """Which images."""
+
+    shards: tuple[str, ...] = Field(min_length=1, description="tar files: paths, globs, braces {000..099}, or a list")
+    images: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), min_length=1, description="extensions of images")
+    rows_per_shard: PositiveInt | None = Field(None, description="rows kept for each dataset shard; null: scanned")
+
+    @field_validator("shards", "images", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+    @field_validator("images")
+    @classmethod
+    def _extensions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(extension.lower().removeprefix(".") for extension in value)
+
+
+class Views(Section):
+    """Which part of each image every teacher sees."""
+
+    kind: Literal["center"] = Field("center", description="the largest centred square of the upright image")
+    per_image: Literal[1] = 1
+    seed: int = 0
+
+
+class Teacher(Section):
+    """One frozen model. What is null is taken from the model's own files."""
+
+    source: str = Field(description="where the model comes from: transformers, ...")
+    model: str = Field(description="hub name or local folder")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    size: PositiveInt | None = Field(None, description="side of the square image fed to the teacher, in pixels")
+    interpolation: Annotated[str, one_of(INTERPOLATIONS)] | None = None
+    mean: tuple[float, float, float] | None = Field(None, description="of the pixels, in [0, 1]")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the forward pass")
+    taps: dict[Literal["patches", "summary"], str | None] = Field({}, description="output -> where the model gives it")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    options: dict[str, int | float | str | bool] = Field({}, description="what only this source understands")
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _triple(cls, value: Any) -> Any:
+        return tuple(float(v) for v in value) if isinstance(value, list) and len(value) == 3 else value
+
+
+class Statistics(Section):
+    """How many images the normalization is estimated from."""
+
+    stop: Literal["converged"] = Field("converged", description="stop when the output variances are known to 1%")
+    max_images: PositiveInt = Field(100_000, description="stop here at the latest")
+    images: PositiveInt | Literal["all"] | None = Field(None, description="this many instead, converged or not")
+
+
+class Targets(Section):
+    """How targets are stored."""
+
+    space: Literal["normalized"] = "normalized"
+    dtype: Annotated[str, one_of(CODECS)] = "int8"
+
+
+class Engine(Section):
+    """What runs the work. Nothing here but batch_size changes a number."""
+
+    kind: Literal["inline"] = Field("inline", description="one worker process per visible GPU, or one on the CPU")
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    decoders: PositiveInt | Literal["auto"] = Field("auto", description="decoder processes of each worker")
+
+
+class Plan(Section):
+    """Everything that `statsvc run` needs to know."""
+
+    store: str = Field(min_length=1, description="the folder to write to")
+    data: Data
+    views: Views = Views()
+    teachers: dict[str, Teacher] = Field(min_length=1)
+    statistics: Statistics = Statistics()
+    normalize: Annotated[str, one_of(METHODS)] = "phi-s"
+    targets: Targets = Targets()
+    engine: Engine = Engine()
+
+    @field_validator("teachers")
+    @classmethod
+    def _names(cls, value: dict[str, Teacher]) -> dict[str, Teacher]:
+        for name in value:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"the name {name!r} must be 1 to 64 of a-z, 0-9, _, -, and begin with a-z or 0-9")
+        return value
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a YAML file. Raises PlanError with one sentence per mistake: key, value, rule, way out."""
+    try:
+        document = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise PlanError(f"{path}: a plan is a mapping with the keys {', '.join(Plan.model_fields)}")
+    try:
+        return Plan.model_validate(document)
+    except ValidationError as error:
+        raise PlanError("\n".join(f"{path}: {sentence}" for sentence in _sentences(error))) from error
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    """One sentence for each wrong key: the value, the rule, the way out."""
+    rules: dict[str, list[str]] = {}
+    misspelt: set[str] = set()
+    for mistake in error.errors():
+        keys, value = [str(part) for part in mistake["loc"]], mistake["input"]
+        if keys[-1] in UNION_MEMBERS:
+            keys.pop()
+        key = ".".join(keys)
+        match mistake["type"]:
+            case "extra_forbidden":
+                valid = _valid_keys(keys[:-1])
+                misspelt.update(difflib.get_close_matches(keys[-1], valid, n=1))
+                rules[f"unknown key {key}"] = [
+                    f"{value!r}; the keys here are {', '.join(valid)}{nearest(keys[-1], valid)}"
+                ]
+            case "missing":
+                rules[f"missing key {key}"] = ["add it"]
+            case "value_error":
+                rules[key] = [f"{mistake['ctx']['error']}"]
+            case _:
+                rule = RULES.get(mistake["type"], mistake["msg"].removeprefix("Input should be "))
+                rules[key] = [*rules[key], rule] if key in rules else [f"{value!r} is wrong; it must be {rule}"]
+    return [
+        f"{key}: {' or '.join(parts)}"
+        for key, parts in rules.items()
+        if not (key.startswith("missing key") and re.split(r"[. ]", key)[-1] in misspelt)
+    ]
+
+
+def _valid_keys(section: list[str]) -> list[str]:
+    """The keys of the section at that place of a plan."""
+    models: dict[str, type[Section]] = {
+        "": Plan, "data": Data, "views": Views, "teachers": Teacher,
+        "statistics": Statistics, "targets": Targets, "engine": Engine,
+    }  # fmt: skip
+    return list(models[section[0] if section else ""].model_fields)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where YAML would silently keep the last one."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in mapping:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands here twice; remove or rename one of them",
+                problem_mark=key_node.start_mark,
+            )
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
