@@ -20,7 +20,7 @@ def prime_power(q: int) -> tuple[int, int] | None:
     """(p, m) with q = p^m and p prime, or None when q is no prime power."""
     if q < 2:
         return None
-    p = next((d for d in count(2) if d * d > q or q % d == 0), q)
+    p = next(d for d in count(2) if d * d > q or q % d == 0)
     if q % p:
         return q, 1  # no divisor up to the square root
     m = 0
@@ -79,14 +79,17 @@ class Field:
 
     def subtract(self, a: Elements, b: Elements) -> Elements:
         """a - b elementwise; the shapes broadcast."""
-        # The floor quotients agree with the digits modulo p, which is all that a digit of the difference needs.
-        places = [self.p**i for i in range(self.m)]
-        return sum(((a // place - b // place) % self.p * place for place in places), np.int64(0) * a)
+        difference = (a - b) % self.p
+        for i in range(1, self.m):
+            # a // p^i is not digit i of a, but equals it modulo p.
+            place = self.p**i
+            difference = difference + (a // place - b // place) % self.p * place
+        return difference
 
     def multiply(self, a: Elements, b: Elements) -> Elements:
         """a * b elementwise; the shapes broadcast."""
         p, m = self.p, self.m
-        terms = [np.int64(0) * (a + b) for _ in range(2 * m - 1)]
+        terms = [np.zeros_like(a * b) for _ in range(2 * m - 1)]  # coefficients of the product, x^0 first
         for i in range(m):
             for j in range(m):
                 terms[i + j] = (terms[i + j] + (a // p**i % p) * (b // p**j % p)) % p
@@ -94,7 +97,10 @@ class Field:
             for i in range(m):  # x^m = -(lower terms of the modulus)
                 low = degree - m + i
                 terms[low] = (terms[low] - terms[degree] * self.modulus[i]) % p
-        return sum((term * p**i for i, term in enumerate(terms[:m])), np.int64(0) * a)
+        reduced = terms[0]
+        for i in range(1, m):
+            reduced = reduced + terms[i] * p**i
+        return reduced
 
     def quadratic_character(self) -> Signs:
         """chi_Q [q] int8: 0 at zero, 1 at the other squares, -1 elsewhere; q odd."""

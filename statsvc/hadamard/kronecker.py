@@ -16,14 +16,15 @@ This gives the products of arXiv:2410.01680, A.1.1 for 1024, 1152, 1280 and 1408
 from collections.abc import Sequence
 from functools import reduce
 from math import isqrt
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
 
 from statsvc.hadamard.family import Family, Signs
 
-# Order: the s that goes before all others in step 3. The paper has 768 = S(2) x P1(384), the smallest s there is,
-# next to 1280 = S(64) x P1(20), the largest: no order of preference by size gives both.
+# Order: the s that step 3 takes first. The paper has 768 = S(2) x P1(384), with the smallest s there is, next to
+# 1280 = S(64) x P1(20), with the largest; neither preference gives both.
 PINNED = {768: 2}
 
 
@@ -36,6 +37,7 @@ class Factor(NamedTuple):
 
 def factorize(n: int, families: Sequence[Family]) -> tuple[Factor, ...] | None:
     """The factors of order n, left to right, or None when these families do not make n."""
+    n = index(n)  # a width read from numpy becomes an int; 768.0 is a TypeError
     if n < 1:
         return None
     sylvester, *later = families

@@ -3,7 +3,7 @@
 Both types share one line of FAMILIES because the paper prefers neither: 1152 = S(32) x P2(36) stands there
 although S(16) x P1(72) exists. An order that has both types, such as 20, is built by type I.
 
-Source: Paley (1933), "On orthogonal matrices", lemmas 2 to 4; arXiv:2410.01680, A.1.1.
+Source: Paley (1933), "On orthogonal matrices"; arXiv:2410.01680, A.1.1.
 """
 
 import numpy as np

@@ -1,0 +1,89 @@
+"""Arrays of a store, outwards and inwards: metadata described by zarr-python, chunks by our own code."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from statsvc.backends import Backend
+from statsvc.canonical import little_endian
+from statsvc.checksum import crc32c, crc32c_hex
+from statsvc.errors import DamagedObject
+from statsvc.layout import ArraySpec, group_metadata, groups
+from statsvc.ledger import Commit, ObjectRecord
+from statsvc.shardfile import ShardFile
+
+
+def publish(backend: Backend, path: str, data: bytes) -> None:
+    """Write a metadata document, unless it stands there already: finished stores are not touched."""
+    if backend.size(path) != len(data) or backend.read(path) != data:
+        backend.write(path, data)
+
+
+def declare_group(backend: Backend, path: str, attributes: dict[str, Any]) -> None:
+    """Publish a group's zarr.json; \"\" is the root."""
+    publish(backend, f"{path}/zarr.json".lstrip("/"), group_metadata(attributes))
+
+
+def declare_arrays(backend: Backend, specs: Iterable[ArraySpec], shards: int) -> None:
+    """Publish the zarr.json of arrays for so many dataset shards, and those of groups above them that have none."""
+    for spec in specs:
+        for group in groups(spec.path):
+            if backend.size(f"{group}/zarr.json") is None:
+                declare_group(backend, group, {})
+        publish(backend, f"{spec.path}/zarr.json", spec.metadata(shards))
+
+
+def write_chunk(backend: Backend, spec: ArraySpec, shard: int, array: np.ndarray) -> ObjectRecord:
+    """Publish one dataset shard's part [rows, *shape] of an array that is not sharded."""
+    if array.shape != (spec.rows, *spec.shape):
+        raise ValueError(f"{spec.path}: a chunk has shape {(spec.rows, *spec.shape)}; got {array.shape}")
+    data = little_endian(array.astype(spec.dtype, copy=False)).tobytes()
+    content = crc32c(data)
+    data += content.to_bytes(4, "little")
+    backend.write(spec.object(shard), data)
+    return ObjectRecord(spec.object(shard), len(data), crc32c_hex(crc32c(data)), crc32c_hex(content))
+
+
+def read_chunk(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) -> np.ndarray:
+    """[rows, *shape]: one dataset shard's part of an array, checked against its commit. Raises DamagedObject."""
+    record = _record(spec, shard, commit)
+    try:
+        data = backend.read(record.path)
+    except FileNotFoundError as error:
+        raise _damaged(record.path, "missing") from error
+    content = crc32c_hex(crc32c(data[:-4]))
+    if (
+        len(data) != record.bytes
+        or content != record.content_crc32c
+        or int(content, 16).to_bytes(4, "little") != data[-4:]
+    ):
+        raise _damaged(
+            record.path, f"{len(data)} bytes with crc32c {content}; {record.bytes}, {record.content_crc32c} due"
+        )
+    return np.frombuffer(data[:-4], np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.rows, *spec.shape)
+
+
+def open_feature_shard(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) -> ShardFile:
+    """A feature shard whose index was checked; its rows are checked as they are read. Raises DamagedObject."""
+    record = _record(spec, shard, commit)
+    try:
+        buffer = backend.view(record.path)
+    except FileNotFoundError as error:
+        raise _damaged(record.path, "missing") from error
+    if len(buffer) != record.bytes:
+        raise _damaged(record.path, f"{len(buffer)} bytes; {record.bytes} due")
+    row_nbytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
+    return ShardFile(buffer, spec.rows, row_nbytes, record.path)
+
+
+def _record(spec: ArraySpec, shard: int, commit: Commit) -> Any:
+    path = spec.object(shard)
+    for record in commit.objects:
+        if record.path == path:
+            return record
+    raise DamagedObject(f"{commit.path} does not vouch for {path}; run `statsvc verify`")
+
+
+def _damaged(path: str, what: str) -> DamagedObject:
+    return DamagedObject(f"{path}: {what}; `statsvc verify --repair` removes the damage, the next run restores it")

@@ -1,0 +1,168 @@
+"""Where everything lies in a store, and the Zarr metadata of every array. Nothing here touches a store.
+
+Axes: R = rows of the store, C = rows of one dataset shard, T = tokens, k = channels of a target, D = channels of a
+teacher. zarr-python describes the arrays; their data is written by our own code and read by any Zarr client.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.storage import MemoryStore
+
+from statsvc.codec import codec
+
+FORMAT = "statsvc/1"
+LEASE = ".statsvc/lease.json"
+RUN = ".statsvc/run.json"
+
+# Of a sample and of a teacher's row.
+ABSENT, OK, UNDECODABLE, NON_FINITE, WRONG_SHAPE = range(5)
+STATUS_NAMES = ("absent", "ok", "undecodable", "non-finite", "wrong-shape")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The shape of one output of a teacher: tokens x dim; grid is rows and columns of the patches."""
+
+    tokens: int
+    dim: int
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One Zarr array; its first axis grows with the dataset shards, `rows` of it for each of them."""
+
+    path: str
+    dtype: str
+    rows: int
+    shape: tuple[int, ...]  # without the first axis
+    axes: tuple[str, ...]
+    sharded: bool = False  # one chunk per row, all of them in one Zarr shard per dataset shard
+    fill: Any = 0
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+    def object(self, shard: int) -> str:
+        """Path of the object that holds one dataset shard's part."""
+        return f"{self.path}/c/{shard}" + "/0" * len(self.shape)
+
+    def metadata(self, shards: int) -> bytes:
+        """zarr.json for a store of so many dataset shards."""
+        documents: dict[str, Any] = {}
+        whole = (self.rows, *self.shape)
+        zarr.create_array(
+            MemoryStore(documents),
+            shape=(self.rows * shards, *self.shape),
+            dtype=self.dtype,
+            chunks=(1, *self.shape) if self.sharded else whole,
+            shards=whole if self.sharded else None,
+            serializer=BytesCodec(endian="little" if self.dtype[-1] not in "81" or self.dtype == "int8" else None),
+            compressors=[Crc32cCodec()],
+            filters=None,
+            fill_value=self.fill,
+            dimension_names=self.axes,
+            attributes=dict(self.attributes),
+        )
+        document: bytes = documents["zarr.json"].to_bytes()
+        return document
+
+
+def group_metadata(attributes: dict[str, Any]) -> bytes:
+    """zarr.json of a group."""
+    documents: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(documents), attributes=attributes)
+    document: bytes = documents["zarr.json"].to_bytes()
+    return document
+
+
+def sample_arrays(rows: int) -> dict[str, ArraySpec]:
+    """What is stored of every sample, by name."""
+    return {
+        "key_hash": ArraySpec("samples/key_hash", "uint8", rows, (16,), ("row", "byte")),
+        "status": ArraySpec("samples/status", "uint8", rows, (), ("row",)),
+        "views": ArraySpec("samples/views", "float32", rows, (5,), ("row", "x_y_w_h_flip"), fill=float("nan")),
+    }
+
+
+def teacher_status(teacher: str, rows: int) -> ArraySpec:
+    """The status of every row for one teacher."""
+    return ArraySpec(f"teachers/{teacher}/status", "uint8", rows, (), ("row",))
+
+
+def moments_arrays(teacher: str, output: str, dim: int) -> dict[str, ArraySpec]:
+    """The moments of each dataset shard, by name; the second axis is the half of the image."""
+    folder = f"teachers/{teacher}/moments/{output}"
+    nan = float("nan")
+    return {
+        "count": ArraySpec(f"{folder}/count", "int64", 1, (2,), ("shard", "half")),
+        "images": ArraySpec(f"{folder}/images", "int64", 1, (2,), ("shard", "half")),
+        "mean": ArraySpec(f"{folder}/mean", "float64", 1, (2, dim), ("shard", "half", "channel"), fill=nan),
+        "scatter": ArraySpec(
+            f"{folder}/scatter", "float64", 1, (2, dim * (dim + 1) // 2), ("shard", "half", "upper_triangle"), fill=nan
+        ),
+    }
+
+
+def set_name(method: str, fit: str, dtype: str) -> str:
+    """Name of a cache set; fit is the digest over that method's transforms of all outputs."""
+    return f"{method}-{fit[:12]}-{dtype}"
+
+
+def cache_arrays(
+    teacher: str, set_: str, output: str, *, dtype: str, transform: str, tokens: int, k: int, rows: int
+) -> dict[str, ArraySpec]:
+    """The targets of one output and what is known of each dataset shard's targets, by name."""
+    folder = f"teachers/{teacher}/cache/{set_}/{output}"
+    about = (("transform", transform), ("dtype", dtype), ("k", k), ("output", output), ("packing", "none"))
+    nan = float("nan")
+    arrays = {
+        stored.name: ArraySpec(
+            f"{folder}/{stored.name}",
+            stored.dtype,
+            rows,
+            (tokens, k) if stored.sharded else (tokens,),
+            ("row", "token", "channel")[: 3 if stored.sharded else 2],
+            sharded=stored.sharded,
+            fill=0 if stored.dtype == "int8" else nan,
+            attributes=about,
+        )
+        for stored in codec(dtype).arrays
+    }
+    for name in ("target_mean", "target_var"):
+        arrays[name] = ArraySpec(f"{folder}/{name}", "float32", 1, (k,), ("shard", "channel"), fill=nan)
+    return arrays
+
+
+def groups(array_path: str) -> Iterator[str]:
+    """The groups above an array, outermost first, without the root."""
+    parts = array_path.split("/")[:-1]
+    for end in range(1, len(parts) + 1):
+        yield "/".join(parts[:end])
+
+
+def commit_folder(phase: str, teacher: str | None = None, set_: str | None = None) -> str:
+    """Where the commits of a phase lie."""
+    return "/".join([".statsvc/commits", phase, *filter(None, (teacher, set_))])
+
+
+def commit_path(phase: str, shard: int, teacher: str | None = None, set_: str | None = None) -> str:
+    """The commit of one unit."""
+    return f"{commit_folder(phase, teacher, set_)}/{shard:06d}.json"
+
+
+def fit_path(teacher: str) -> str:
+    """The only pointer to a teacher's current fits: {output: {method: digest | {refused: reason}}}."""
+    return f".statsvc/commits/fit/{teacher}.json"
+
+
+def transform_path(digest: str) -> str:
+    """A transform artifact."""
+    return f".statsvc/transforms/{digest}.safetensors"
+
+
+def report_path(digest: str) -> str:
+    """What is known about the fit of one transform."""
+    return f".statsvc/reports/{digest}.json"

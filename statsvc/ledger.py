@@ -1,0 +1,131 @@
+"""Commits: the records that make finished work visible. Readers trust nothing else.
+
+Suffix: none; commits hold no arrays.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from statsvc.backends import Backend
+from statsvc.canonical import canonical_json
+from statsvc.checksum import crc32c, crc32c_hex
+from statsvc.errors import DamagedObject
+from statsvc.layout import commit_folder, commit_path
+
+
+class ObjectRecord(NamedTuple):
+    """An object that a commit vouches for.
+
+    crc32c          of all its bytes. Chunks and shards end with checksums of their own, which makes this one the same
+                    number for all objects of one layout: it finds flipped bits, never a wrong object
+    content_crc32c  without those checksums (of a shard: over its rows' checksums and its index): tells objects apart
+    """
+
+    path: str
+    bytes: int
+    crc32c: str
+    content_crc32c: str
+
+
+class Failure(NamedTuple):
+    """Something of a dataset shard that could not be used."""
+
+    key: str
+    position: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The work of one dataset shard in one phase.
+
+    Holds no times, hosts or durations: the same work gives the same bytes.
+    """
+
+    phase: str
+    shard: int
+    rows: int
+    objects: tuple[ObjectRecord, ...]
+    failed: tuple[Failure, ...] = ()
+    status: dict[str, int] | None = None
+    teacher: str | None = None
+    set: str | None = None
+    fingerprint: str | None = None
+    transform: dict[str, str] | None = None  # digest by output
+    name: str | None = None  # of the dataset shard; index commits
+    samples: int | None = None
+    size: int | None = None
+    etag: str | None = None
+    batch_split: bool | None = None  # a batch was split for memory: the unit's bytes are not reproducible
+    version: int = 1
+
+    @property
+    def path(self) -> str:
+        return commit_path(self.phase, self.shard, self.teacher, self.set)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON without what is None, with a crc32c of itself."""
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        content["objects"] = [record._asdict() for record in self.objects]
+        content["failed"] = [failure._asdict() for failure in self.failed]
+        return canonical_json({**content, "crc32c": crc32c_hex(crc32c(canonical_json(content)))})
+
+    @classmethod
+    def from_bytes(cls, path: str, data: bytes) -> Commit:
+        """Raises DamagedObject unless the commit is the one that was written there."""
+        try:
+            content = json.loads(data)
+            expected = content.pop("crc32c")
+            if crc32c_hex(crc32c(canonical_json(content))) != expected:
+                raise ValueError("its checksum does not match")
+            known = {field.name for field in fields(cls)}
+            content["objects"] = tuple(ObjectRecord(**record) for record in content["objects"])
+            content["failed"] = tuple(Failure(**failure) for failure in content["failed"])
+            commit = cls(**{name: value for name, value in content.items() if name in known})
+            if commit.path != path:
+                raise ValueError(f"it belongs at {commit.path}")
+        except Exception as error:  # whatever the bytes are, they are not our commit
+            raise DamagedObject(f"{path}: not a valid commit ({error}); remove it and run the plan again") from error
+        return commit
+
+
+class Ledger:
+    """The commits of a store: listed when asked for, read and checked at first use."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._read: dict[str, Commit] = {}
+
+    def shards(self, phase: str, teacher: str | None = None, set_: str | None = None) -> list[int]:
+        """The dataset shards that have a commit, in order."""
+        names = self._backend.list(commit_folder(phase, teacher, set_))
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+
+    def read(self, phase: str, shard: int, teacher: str | None = None, set_: str | None = None) -> Commit | None:
+        """One commit, or None where that unit was not done."""
+        path = commit_path(phase, shard, teacher, set_)
+        if path not in self._read:
+            try:
+                data = self._backend.read(path)
+            except FileNotFoundError:
+                return None
+            self._read[path] = Commit.from_bytes(path, data)
+        return self._read[path]
+
+    def write(self, commit: Commit) -> None:
+        """Make a unit visible. Everything it names must be published already."""
+        self._backend.write(commit.path, commit.to_bytes())
+        self._read[commit.path] = commit
+
+
+def attributes(backend: Backend, path: str) -> dict[str, Any]:
+    """The attributes of the Zarr group or array at a path (\"\" is the root). Raises DamagedObject."""
+    name = f"{path}/zarr.json".lstrip("/")
+    try:
+        found: dict[str, Any] = json.loads(backend.read(name))["attributes"]
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise DamagedObject(f"{name}: missing or not Zarr metadata ({error}); run the plan again") from error
+    return found

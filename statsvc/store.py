@@ -1,0 +1,164 @@
+"""Reading a store: teachers, transforms, moments and targets, from commits that were checked.
+
+Suffix: D = channels of a teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from statsvc.arrays import read_chunk
+from statsvc.backends import Backend, backend
+from statsvc.errors import DamagedObject, NotFound, StoreError
+from statsvc.layout import FORMAT, Output, fit_path, moments_arrays, report_path, sample_arrays, transform_path
+from statsvc.ledger import Ledger, attributes
+from statsvc.moments import Moments, unpack
+from statsvc.targets import Targets
+from statsvc.transform import Transform
+
+
+def open_store(location: str) -> Store:
+    """The store at a path. Raises StoreError where there is none."""
+    found = backend(str(location))
+    if not found.exists():
+        raise StoreError(f"{location} is not a store (no zarr.json): `statsvc run PLAN` makes one")
+    return Store(found)
+
+
+class Store:
+    """What a finished or growing store holds. Read only."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.ledger = Ledger(backend)
+        about = attributes(backend, "")
+        if about.get("format") != FORMAT:
+            raise StoreError(f"this store has format {about.get('format')!r}, this statsvc reads {FORMAT!r}")
+        self.rows_per_shard: int = about["rows_per_shard"]
+
+    def teachers(self) -> list[str]:
+        """Names of all teachers."""
+        return [name for name in self.backend.list("teachers") if name != "zarr.json"]
+
+    def teacher(self, name: str) -> Teacher:
+        """One teacher. Raises NotFound naming those there are."""
+        if name not in self.teachers():
+            raise NotFound(f"no teacher {name!r} in this store; there are {', '.join(self.teachers()) or 'none yet'}")
+        return Teacher(self, name)
+
+    def key_hashes(self, shard: int) -> np.ndarray:
+        """[rows_per_shard, 16] uint8: blake2b-128 of each sample's key, zero where there is none."""
+        commit = self.ledger.read("index", shard)
+        if commit is None:
+            raise NotFound(f"dataset shard {shard} is not indexed")
+        return read_chunk(self.backend, sample_arrays(self.rows_per_shard)["key_hash"], shard, commit)
+
+
+class Teacher:
+    """One teacher's outputs, statistics, transforms and targets."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+        about = attributes(store.backend, f"teachers/{name}")
+        self.fingerprint: str = about["fingerprint"]
+        self.preprocessing: dict[str, Any] = about["preprocessing"]
+        self.outputs = {
+            output: Output(shape["tokens"], shape["dim"], tuple(shape["grid"]) if shape.get("grid") else None)
+            for output, shape in about["outputs"].items()
+        }
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Channels by output."""
+        return {output: shape.dim for output, shape in self.outputs.items()}
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the patches."""
+        return self.output("patches").grid
+
+    def output(self, name: str) -> Output:
+        """The shape of an output. Raises NotFound naming those there are."""
+        if name not in self.outputs:
+            raise NotFound(f"teacher {self.name} has no output {name!r}; it has {', '.join(self.outputs)}")
+        return self.outputs[name]
+
+    def fits(self) -> dict[str, dict[str, Any]]:
+        """{output: {method: digest | {"refused": reason}}}; empty before the fit."""
+        try:
+            fits: dict[str, dict[str, Any]] = json.loads(self.store.backend.read(fit_path(self.name)))
+        except FileNotFoundError:
+            return {}
+        return fits
+
+    def transform(self, method: str, output: str = "patches") -> Transform:
+        """The fitted transform. Raises NotFound with the reason where there is none."""
+        self.output(output)
+        found = self.fits().get(output, {}).get(method)
+        if found is None:
+            there = ", ".join(self.fits().get(output, {})) or "none: the fit comes after the measure phase"
+            raise NotFound(f"teacher {self.name} has no fitted {method!r} for {output}; there are {there}")
+        if isinstance(found, dict):
+            raise NotFound(f"{method} was refused for {self.name} {output}: {found['refused']}")
+        try:
+            artifact = self.store.backend.read(transform_path(found))
+        except FileNotFoundError as error:
+            raise DamagedObject(f"{transform_path(found)}: missing, but the fit commit names it") from error
+        return Transform.from_bytes(artifact, found)
+
+    def report(self) -> dict[str, Any]:
+        """{output: {method: what is known about that fit}}."""
+        return {
+            output: {
+                method: json.loads(self.store.backend.read(report_path(digest)))
+                for method, digest in methods.items()
+                if isinstance(digest, str)
+            }
+            for output, methods in self.fits().items()
+        }
+
+    def moments(self, output: str = "patches") -> Moments[np.ndarray]:
+        """The moments that the current fits were made from: the pilot's, merged in its order."""
+        reports = list(self.report().get(output, {}).values())
+        if not reports:
+            raise NotFound(f"teacher {self.name} has no fit for {output!r} yet")
+        return self.pilot_moments(output, reports[0]["pilot"])
+
+    def pilot_moments(self, output: str, shards: Sequence[int]) -> Moments[np.ndarray]:
+        """The moments of dataset shards, merged in the given order."""
+        return reduce(Moments.merge, (half for shard in shards for half in self.shard_moments(output, shard)))
+
+    def shard_moments(self, output: str, shard: int) -> tuple[Moments[np.ndarray], Moments[np.ndarray]]:
+        """The moments of the two halves of one dataset shard's images."""
+        commit = self.store.ledger.read("measure", shard, self.name)
+        if commit is None:
+            raise NotFound(f"dataset shard {shard} was not measured for {self.name}")
+        dim = self.output(output).dim
+        specs = moments_arrays(self.name, output, dim)
+        count, mean, scatter = (
+            read_chunk(self.store.backend, specs[name], shard, commit)[0] for name in ("count", "mean", "scatter")
+        )
+        first, second = (Moments(int(count[half]), mean[half], unpack(scatter[half], dim)) for half in (0, 1))
+        return first, second
+
+    def cache_sets(self) -> list[str]:
+        """Names of the cache sets."""
+        return [name for name in self.store.backend.list(f"teachers/{self.name}/cache") if name != "zarr.json"]
+
+    def targets(self, output: str = "patches", cache_set: str | None = None) -> Targets:
+        """The cached targets of an output; `cache_set` chooses where there are several."""
+        self.output(output)
+        sets = self.cache_sets()
+        if cache_set is None and len(sets) == 1:
+            cache_set = sets[0]
+        if cache_set not in sets:
+            raise NotFound(
+                f"teacher {self.name} has the cache sets {', '.join(sets) or 'none yet'}; "
+                f"choose one with cache_set=..., got {cache_set!r}"
+            )
+        return Targets(self, output, cache_set)

@@ -1,0 +1,112 @@
+"""Cached targets: rows that exist only where a commit says so.
+
+Suffixes: N = rows asked for, T = tokens, k = channels of a target, D = channels of a teacher, X = bytes of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from statsvc.arrays import open_feature_shard, read_chunk
+from statsvc.codec import codec
+from statsvc.errors import AbsentRow, NotFound
+from statsvc.layout import cache_arrays, transform_path
+from statsvc.ledger import attributes
+from statsvc.transform import Transform
+
+if TYPE_CHECKING:
+    from statsvc.store import Teacher
+
+OPEN_SHARDS = 1024  # feature shards a reader keeps mapped
+
+
+class Targets:
+    """The cached targets of one output in one cache set: rows [T, k] that exist only where a commit says so."""
+
+    def __init__(self, teacher: Teacher, output: str, set_: str) -> None:
+        self.teacher, self.output, self.set = teacher, output, set_
+        self._store = teacher.store
+        folder = f"teachers/{teacher.name}/cache/{set_}/{output}"
+        array = next(name for name in self._store.backend.list(folder) if name in ("codes", "values"))
+        about = attributes(self._store.backend, f"{folder}/{array}")
+        self.dtype: str = about["dtype"]
+        self.transform_digest: str = about["transform"]
+        self.tokens, self.k = teacher.output(output).tokens, about["k"]
+        self._specs = cache_arrays(
+            teacher.name, set_, output, dtype=self.dtype, transform=self.transform_digest,
+            tokens=self.tokens, k=self.k, rows=self._store.rows_per_shard,
+        )  # fmt: skip
+        self._shards: dict[int, dict[str, Any]] = {}
+
+    @cached_property
+    def transform(self) -> Transform:
+        """The transform these targets were made with, whatever the current fits are."""
+        artifact = self._store.backend.read(transform_path(self.transform_digest))
+        return Transform.from_bytes(artifact, self.transform_digest)
+
+    def rows(self) -> np.ndarray:
+        """int64: all rows that have a target, ascending."""
+        per_shard = self._store.rows_per_shard
+        shards = self._store.ledger.shards("cache", self.teacher.name, self.set)
+        present = [np.flatnonzero(self._shard(shard)["present"]) + shard * per_shard for shard in shards]
+        return np.concatenate(present) if present else np.zeros(0, np.int64)
+
+    def read(self, rows: Sequence[int], space: str = "normalized") -> np.ndarray:
+        """float32 [N, T, k] targets, or [N, T, D] features with space=\"teacher\". Raises AbsentRow, never zeros."""
+        if space not in ("normalized", "teacher"):
+            raise NotFound(f"no space {space!r}; there are normalized, teacher")
+        y_NTk: np.ndarray = codec(self.dtype).decode(self.read_stored(rows))
+        return y_NTk if space == "normalized" else self.transform.invert(y_NTk)
+
+    def read_stored(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The arrays of the codec as stored, by name: codes int8 [N, T, k] and scales float32 [N, T], or values."""
+        stored = {}
+        for part in codec(self.dtype).arrays:
+            spec = self._specs[part.name]
+            out = np.empty((len(rows), *spec.shape), part.dtype)
+            out_NX = out.reshape(len(rows), -1).view(np.uint8)
+            # Runs of rows of one shard are read together.
+            shard_N, row_N = np.divmod(np.asarray(rows, np.int64), self._store.rows_per_shard)
+            for begin, end in _runs(shard_N):
+                shard = self._shard(int(shard_N[begin]))
+                if absent := [int(rows[j]) for j in range(begin, end) if not shard["present"][row_N[j]]]:
+                    raise AbsentRow(
+                        f"rows {absent[:5]} have no target of {self.teacher.name}: no such sample, or its image or "
+                        "features could not be used; `rows()` lists those that do"
+                    )
+                if spec.sharded:
+                    shard[part.name].read(row_N[begin:end], out_NX[begin:end])
+                else:
+                    out[begin:end] = shard[part.name][row_N[begin:end]]
+            stored[part.name] = out
+        return stored
+
+    def _shard(self, shard: int) -> dict[str, Any]:
+        """The opened arrays of one dataset shard and which of its rows are present."""
+        if shard not in self._shards:
+            commit = self._store.ledger.read("cache", shard, self.teacher.name, self.set)
+            if commit is None:
+                raise AbsentRow(f"dataset shard {shard} is not cached for {self.teacher.name} in {self.set}")
+            if len(self._shards) >= OPEN_SHARDS:
+                del self._shards[next(iter(self._shards))]
+            opened: dict[str, Any] = {}
+            for part in codec(self.dtype).arrays:
+                spec = self._specs[part.name]
+                if spec.sharded:
+                    opened[part.name] = open_feature_shard(self._store.backend, spec, shard, commit)
+                    opened["present"] = opened[part.name].present_R
+                else:
+                    opened[part.name] = read_chunk(self._store.backend, spec, shard, commit)
+            self._shards[shard] = opened
+        return self._shards[shard]
+
+
+def _runs(values_N: np.ndarray) -> list[tuple[int, int]]:
+    """[begin, end) of each run of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(values_N)) + 1).tolist(), len(values_N)]
+    return [(begin, end) for begin, end in pairwise(edges) if begin < end]
