@@ -1,0 +1,172 @@
+"""One worker process per visible GPU, or one on the CPU, on this machine."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from statsvc.errors import EngineError, PlanError, StoreError
+from workers.engines.base import ATTEMPTS, EngineSetup
+from workers.job import Result, Unit
+from workers.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
+
+log = logging.getLogger("statsvc")
+POLL_SECONDS = 0.5  # how soon a request to stop is seen while all workers are busy
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, the unit it works on, and how many of its images have been reported."""
+
+    setup: WorkerSetup
+    process: multiprocessing.process.BaseProcess
+    connection: Connection[Any, Any]
+    unit: Unit | None = None
+    images: int = 0
+
+
+class InlineEngine:
+    """Workers are spawned, so that each has a CUDA context of its own; units and messages travel over pipes."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._setup = setup
+        self._workers: list[_Worker] = []
+
+    def start(self) -> Ready:
+        devices = _devices()
+        wanted = self._setup.plan.engine.decoders
+        decoders = max(1, _cores() // len(devices) - 1) if wanted == "auto" else wanted
+        for device in devices:
+            setup = WorkerSetup(
+                store=self._setup.plan.store,
+                teachers=self._setup.teachers,
+                precisions=self._setup.precisions,
+                device=device,
+                threads=self._setup.threads,
+                decoders=decoders,
+            )
+            self._workers.append(_spawn(setup))
+        answers = [self._await_ready(number) for number in range(len(self._workers))]
+        return answers[0]
+
+    def run(self, units: Iterable[Unit], on_images: Callable[[int], None]) -> Iterator[Result]:
+        source, again, attempts = iter(units), deque[Unit](), dict[tuple[str, int], int]()
+        while True:
+            for number, worker in enumerate(self._workers):
+                if worker.unit is None and not self._setup.stopping.is_set():
+                    unit = again.popleft() if again else next(source, None)
+                    if unit is not None:
+                        self._assign(number, unit)
+            busy = [worker for worker in self._workers if worker.unit is not None]
+            if not busy:
+                return
+            by_connection = {worker.connection: worker for worker in busy}
+            for connection in wait(list(by_connection), POLL_SECONDS):
+                worker = by_connection[connection]  # type: ignore[index]
+                message = _receive(worker)
+                if isinstance(message, Images):
+                    worker.images += message.count
+                    on_images(message.count)
+                    continue
+                unit, worker.unit = worker.unit, None
+                assert unit is not None  # it was busy
+                if isinstance(message, Done):
+                    worker.images = 0
+                    yield Result(unit)
+                    continue
+                on_images(-worker.images)  # they will be done again, or not at all
+                worker.images = 0
+                failure = message if isinstance(message, Failed) else _death(worker)
+                log.debug("%s of %s failed: %s", unit.phase, unit.name, failure.details)
+                if failure.kind == "store":
+                    raise StoreError(failure.message)
+                key = unit.phase, unit.shard
+                attempts[key] = attempts.get(key, 0) + 1
+                if failure.kind == "shard" or attempts[key] >= ATTEMPTS:
+                    yield Result(unit, failure.message)
+                else:
+                    again.append(unit)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+        self._workers.clear()
+
+    def _assign(self, number: int, unit: Unit) -> None:
+        worker = self._workers[number]
+        try:
+            worker.connection.send(unit)
+        except OSError:  # it died while it had nothing to do, or ended itself after a failure
+            self._replace(number)
+            worker = self._workers[number]
+            worker.connection.send(unit)
+        worker.unit = unit
+
+    def _replace(self, number: int) -> None:
+        old = self._workers[number]
+        old.process.kill()
+        old.process.join()
+        old.connection.close()
+        self._workers[number] = _spawn(old.setup)
+        self._await_ready(number)
+
+    def _await_ready(self, number: int) -> Ready:
+        for _ in range(ATTEMPTS):
+            worker = self._workers[number]
+            while not worker.connection.poll(POLL_SECONDS):
+                pass  # loading takes as long as it takes; an end of the process wakes this up too
+            message = _receive(worker)
+            if isinstance(message, Ready):
+                return message
+            failure = message if isinstance(message, Failed) else _death(worker)
+            log.debug("worker on %s did not start: %s", worker.setup.device, failure.details)
+            if failure.kind == "plan":
+                raise PlanError(failure.message)
+            worker.process.join()
+            worker.connection.close()
+            self._workers[number] = _spawn(worker.setup)
+        raise EngineError(f"the worker on {worker.setup.device} does not start: {failure.message}")
+
+
+def _spawn(setup: WorkerSetup) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=main, args=(theirs, setup), name=f"statsvc worker {setup.device}")
+    process.start()
+    theirs.close()  # so that its end shows as an end of the pipe
+    return _Worker(setup, process, ours)
+
+
+def _receive(worker: _Worker) -> Message | None:
+    """The next message; None once the process has ended."""
+    try:
+        message: Message = worker.connection.recv()
+    except (EOFError, OSError):
+        return None
+    return message
+
+
+def _death(worker: _Worker) -> Failed:
+    worker.process.join()
+    code = worker.process.exitcode
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+    return Failed("again", f"the worker process on {worker.setup.device} {how}", "no traceback: the process is gone")
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,93 @@
+"""The fit phase: the pilot's moments into a transform for every method and output, and a report on each.
+
+Suffix: D = channels of a teacher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from statsvc.arrays import publish
+from statsvc.canonical import canonical_json, sha256
+from statsvc.errors import CannotFit, NoHadamardMatrix
+from statsvc.layout import fit_path, report_path, transform_path
+from statsvc.moments import Moments
+from statsvc.normalizations import METHODS, fit
+from statsvc.store import Store, Teacher
+from workers.pilot import Confidence, Pilot, confidence
+
+
+def fit_teacher(store: Store, name: str, pilot: Pilot) -> dict[str, dict[str, Any]]:
+    """Publish transforms and reports, then the fit commit that points to them; returns the commit's content.
+
+    A method that must refuse is entered with its reason and never fails the run.
+    """
+    teacher = store.teacher(name)
+    fits: dict[str, dict[str, Any]] = {}
+    for output in teacher.outputs:
+        moments = teacher.pilot_moments(output, pilot.shards)
+        about = _about(teacher, output, moments, pilot)
+        fits[output] = {}
+        for method in METHODS:
+            try:
+                transform = fit(moments, method, output=output, fingerprint=teacher.fingerprint)
+            except (CannotFit, NoHadamardMatrix) as error:
+                fits[output][method] = {"refused": str(error)}
+                continue
+            trust = confidence(pilot.halves[name, output], method)
+            publish(store.backend, transform_path(transform.digest), transform.to_bytes())
+            report = {
+                **about,
+                "method": method,
+                "digest": transform.digest,
+                "alpha": transform.alpha,
+                "rank": transform.rank,
+                "rotation": transform.rotation,
+                "hadamard": transform.hadamard,
+                **_trust(trust),
+            }
+            publish(store.backend, report_path(transform.digest), canonical_json(report))
+            fits[output][method] = transform.digest
+    store.backend.write(fit_path(name), canonical_json(fits))
+    return fits
+
+
+def fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:
+    """sha256 over a method's digests in the order of the outputs: names a cache set.
+
+    Raises CannotFit with the reason where the method was refused for an output.
+    """
+    for output, methods in fits.items():
+        if isinstance(methods[method], dict):
+            raise CannotFit(
+                f"{method} was refused for {output}: {methods[method]['refused']}; choose another normalize"
+            )
+    return sha256(*(methods[method].encode() for methods in fits.values()))
+
+
+def _about(teacher: Teacher, output: str, moments: Moments[np.ndarray], pilot: Pilot) -> dict[str, Any]:
+    """What the features themselves are like: why a normalization is needed."""
+    variance_D = np.diagonal(moments.covariance())
+    return {
+        "teacher": teacher.name,
+        "output": output,
+        "fingerprint": teacher.fingerprint,
+        "pilot": pilot.shards,
+        "images": pilot.images,
+        "count": moments.count,
+        "dim": len(variance_D),
+        "feature_mean": float(moments.mean.mean()),
+        "feature_std": float(np.sqrt(variance_D.mean() + moments.mean.var())),
+        "feature_variance": float(variance_D.mean()),
+        "channel_mean": [float(moments.mean.min()), float(moments.mean.max())],
+        "channel_std": [float(np.sqrt(variance_D.min())), float(np.sqrt(variance_D.max()))],
+    }
+
+
+def _trust(found: Confidence | None) -> dict[str, Any]:
+    """How far the fit can be trusted: the expected error of the output variances."""
+    if found is None:
+        return {"converged": False, "expected_rms_error": None, "expected_max_error": None}
+    return {"converged": found.enough, "expected_rms_error": found.rms, "expected_max_error": found.worst}

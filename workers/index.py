@@ -1,0 +1,58 @@
+"""The index of a dataset shard: whose rows are whose, and the bytes that every later phase must find again.
+
+Suffix: C = rows of the dataset shard.
+"""
+
+import numpy as np
+
+from statsvc.arrays import write_chunk
+from statsvc.backends import Backend
+from statsvc.errors import ShardChanged, ShardTooLarge
+from statsvc.layout import sample_arrays
+from statsvc.ledger import Commit, Failure, Ledger
+from workers.shards import ShardSummary
+
+
+def index_shard(
+    shard: int, name: str, summary: ShardSummary, rows_per_shard: int, backend: Backend, ledger: Ledger
+) -> None:
+    """Commit the index of a dataset shard that was read to its end, or check it against the one there is.
+
+    Raises ShardChanged where the dataset shard does not hold what was indexed, ShardTooLarge where it has more
+    samples than rows.
+    """
+    known = ledger.read("index", shard)
+    if known is not None:
+        if (known.samples, known.size, known.etag) != (summary.samples, summary.size, summary.etag):
+            raise ShardChanged(
+                f"dataset shard {name} has changed since it was indexed: {summary.size} bytes with {summary.etag}, "
+                f"then {known.size} bytes with {known.etag}; restore the file, or give the new one another name"
+            )
+        return
+    if summary.samples > rows_per_shard:
+        raise ShardTooLarge(
+            f"dataset shard {name} holds {summary.samples} samples, this store keeps {rows_per_shard} of each; "
+            f"put it in a store made with data.rows_per_shard: {summary.samples}"
+        )
+    hash_C16 = np.zeros((rows_per_shard, 16), np.uint8)
+    if summary.key_hashes:
+        hash_C16[: summary.samples] = np.frombuffer(b"".join(summary.key_hashes), np.uint8).reshape(-1, 16)
+    record = write_chunk(backend, sample_arrays(rows_per_shard)["key_hash"], shard, hash_C16)
+    ledger.write(
+        Commit(
+            phase="index",
+            shard=shard,
+            name=name,
+            samples=summary.samples,
+            size=summary.size,
+            etag=summary.etag,
+            rows=summary.samples,
+            failed=tuple(Failure(printable(p.key), p.position, printable(p.reason)) for p in summary.problems),
+            objects=(record,),
+        )
+    )
+
+
+def printable(text: str) -> str:
+    """Text that JSON can hold: tar names may be any bytes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,117 @@
+"""One driver per store at a time: a lease with a heartbeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from statsvc.backends import Backend
+from statsvc.canonical import canonical_json
+from statsvc.errors import LeaseError
+from statsvc.layout import LEASE
+
+HEARTBEAT_SECONDS = 10.0
+EXPIRES_SECONDS = 60.0  # six missed heartbeats; clocks of hosts that share a store may differ by less than this
+
+
+class Lease:
+    """Held inside a `with` block; `check` raises LeaseError once another driver took over."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._mine: dict[str, Any] = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "since": time.time(),
+        }
+        self._written = b""
+        self._ending = threading.Event()
+        self._lost: str | None = None
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
+
+    def __enter__(self) -> Self:
+        """Raises LeaseError, naming the holder, where another driver holds the store."""
+        current = read_lease(self._backend)
+        if current is not None and (holder := _alive(current)):
+            raise LeaseError(
+                f"another driver holds this store: {holder}; wait for it or stop it, then run again "
+                f"(a lease without a heartbeat expires after {EXPIRES_SECONDS:.0f} s)"
+            )
+        self._written = self._beat()
+        if not self._backend.swap(LEASE, current, self._written):
+            raise LeaseError("another driver took this store a moment ago; wait for it or stop it, then run again")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ending.set()
+        self._thread.join()
+        if self._lost is None:
+            self._backend.swap(LEASE, self._written, None)
+
+    def check(self) -> None:
+        """Raises LeaseError when the lease is no longer ours: whatever is done now would be done twice."""
+        if self._lost is not None:
+            raise LeaseError(
+                f"this driver lost its lease on the store ({self._lost}); it stops and writes nothing more"
+            )
+
+    def _keep(self) -> None:
+        while not self._ending.wait(HEARTBEAT_SECONDS):
+            beat = self._beat()
+            try:
+                if not self._backend.swap(LEASE, self._written, beat):
+                    self._lost = "another driver took it over"
+                    return
+                self._written = beat
+            except OSError as error:
+                if time.time() - json.loads(self._written)["heartbeat"] > EXPIRES_SECONDS:
+                    self._lost = f"its heartbeat cannot be written: {error}"
+                    return
+
+    def _beat(self) -> bytes:
+        return canonical_json({**self._mine, "heartbeat": time.time()})
+
+
+def read_lease(backend: Backend) -> bytes | None:
+    """The lease as it stands, or None."""
+    try:
+        return backend.read(LEASE)
+    except FileNotFoundError:
+        return None
+
+
+def _alive(lease: bytes) -> str | None:
+    """Who holds a lease, or None where that driver is gone."""
+    try:
+        held = json.loads(lease)
+        host, pid, started = held["host"], held["pid"], held["started"]
+        age = time.time() - held["heartbeat"]
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
+    except (ValueError, KeyError, TypeError):
+        return None  # not written by a driver
+    if age > EXPIRES_SECONDS:
+        return None
+    if host == socket.gethostname() and not _runs(pid, started):
+        return None
+    return f"process {pid} on {host}, since {since}, last heartbeat {max(age, 0):.0f} s ago"
+
+
+def _runs(pid: int, started: float) -> bool:
+    """Whether that very process runs: a process id alone may have been given to another."""
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1
+    except psutil.NoSuchProcess:
+        return False

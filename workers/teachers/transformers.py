@@ -1,0 +1,233 @@
+"""Any vision model of the transformers library, by hub name or local folder.
+
+Taps: `last_hidden_state`, `hidden_states.N` (N may be negative), `pooler_output`, `cls`; `a|b` takes the first that
+the model has. Patches are the last grid rows x grid columns tokens, so CLS and registers drop out by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from statsvc.canonical import canonical_json, sha256
+from statsvc.errors import PlanError
+from statsvc.plan import Teacher
+from workers.teachers.base import Features, Preprocessing, Resolved
+
+if TYPE_CHECKING:
+    from workers.teachers.taps import TappedModel
+
+TAPS = {"patches": "last_hidden_state", "summary": "pooler_output|cls"}
+# PIL's numbers, which preprocessor_config.json uses.
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# What the published checkpoints of an architecture say in preprocessor_config.json, for folders that lack the file.
+BY_ARCHITECTURE = {
+    "clip_vision_model": ("bicubic", *CLIP),
+    "dinov2": ("bicubic", *IMAGENET),
+    "dinov2_with_registers": ("bicubic", *IMAGENET),
+    "dinov3_vit": ("bilinear", *IMAGENET),
+    "sam_vision_model": ("bilinear", *IMAGENET),
+    "siglip2_vision_model": ("bilinear", *HALF),
+    "siglip_vision_model": ("bicubic", *HALF),
+    "vit": ("bilinear", *HALF),
+}
+VISION_TOWER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "sam": "sam_vision_model"}
+# Written by the library that saved a model; they do not change what it computes.
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
+
+
+def resolve(name: str, plan: Teacher) -> Resolved:
+    """Find the folder, hash config and weights, and read the preprocessing. Raises PlanError."""
+    key = f"teachers.{name}"
+    if plan.options:
+        raise PlanError(f"{key}.options: {plan.options!r} means nothing to the source transformers; remove it")
+    folder = _folder(key, plan)
+    config = _json(folder / "config.json")
+    files = _weight_files(key, folder)
+    if plan.trust_remote_code:
+        files += sorted(folder.glob("*.py"))
+    parts = [canonical_json({k: v for k, v in config.items() if k not in VOLATILE})]
+    for file in files:
+        with file.open("rb") as stream:
+            parts.append(hashlib.file_digest(stream, "sha256").digest())
+    preprocessing, origin = _preprocessing(key, plan, folder, config)
+    return Resolved(
+        plan=plan,
+        weights=sha256(*parts),
+        preprocessing=preprocessing,
+        taps=chosen_taps(plan),
+        location=str(folder),
+        about={"revision": plan.revision or _commit(folder), "preprocessing_from": origin},
+    )
+
+
+def chosen_taps(plan: Teacher) -> dict[str, str]:
+    """The default taps with the plan's own in their place; null drops an output."""
+    taps: dict[str, str | None] = dict(TAPS)
+    taps.update({str(output): tap for output, tap in plan.taps.items()})
+    return {output: tap for output, tap in taps.items() if tap is not None}
+
+
+def load(resolved: Resolved) -> Features:
+    """The model with all its weights from the files. Raises PlanError where some are missing."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = transformers.AutoModel.from_pretrained(
+            resolved.location,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=resolved.plan.trust_remote_code,
+        )
+    except Exception as error:  # the library raises whatever it comes across in foreign files
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlanError(f"{resolved.plan.model} cannot be loaded by transformers: {first}") from error
+    return _tapped(model, resolved, {str(name) for name in info["missing_keys"]})
+
+
+def _tapped(model: Any, resolved: Resolved, missing: set[str]) -> TappedModel:
+    from workers.teachers.taps import TappedModel
+
+    tower = getattr(model, "vision_model", None) or getattr(model, "vision_encoder", None)
+    if tower is not None and hasattr(model.config, "vision_config"):
+        missing = {n.removeprefix("vision_model.") for n in missing if n.startswith("vision_")}
+        model = tower
+    taps = dict(resolved.taps)
+    # A checkpoint without a pooler would get a random one.
+    unpooled = {n for n in missing if "pooler" in n}
+    if unpooled and "pooler_output" in taps.get("summary", ""):
+        if "cls" not in taps["summary"]:
+            raise PlanError(f"{resolved.plan.model} has no weights for its pooler; use the tap cls for the summary")
+        taps["summary"] = "cls"
+    if missing - unpooled:
+        raise PlanError(
+            f"{resolved.plan.model} lacks {len(missing - unpooled)} weights of its architecture, which would stay "
+            f"random (first: {sorted(missing - unpooled)[0]}); give a complete checkpoint"
+        )
+    return TappedModel(model, taps, resolved.preprocessing.size)
+
+
+def _folder(key: str, plan: Teacher) -> Path:
+    local = Path(plan.model).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise PlanError(f"{key}.model: the folder {plan.model!r} has no config.json; save it with save_pretrained")
+        return local
+    if plan.model.startswith((".", "/", "~")) or plan.model.count("/") != 1:
+        raise PlanError(f"{key}.model: no folder {plan.model!r}; give a local folder or a hub name such as org/model")
+    return _snapshot(key, plan)
+
+
+def _snapshot(key: str, plan: Teacher) -> Path:
+    """The hub's files in the local cache, downloaded when they are not there."""
+    import huggingface_hub
+
+    wanted = ["*.json", "*.safetensors", *(["*.py"] if plan.trust_remote_code else [])]
+    for local_only in (True, False):
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    plan.model, revision=plan.revision, local_files_only=local_only, allow_patterns=wanted
+                )
+            )
+        except Exception as error:  # offline, no such model, no rights: one sentence serves all of them
+            problem = error
+            continue
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+        problem = FileNotFoundError("config.json or *.safetensors is not in it")
+    revision = f" --revision {plan.revision}" if plan.revision else ""
+    reason = str(problem).strip().splitlines()[0]
+    raise PlanError(
+        f"{key}.model: {plan.model!r} is neither in the local cache nor to be had from the hub ({reason}); on a "
+        f"machine with network run `hf download {plan.model}{revision}`, copy its cache here and set HF_HOME, or "
+        "give a local folder"
+    )
+
+
+def _weight_files(key: str, folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise PlanError(f"{key}.model: {file} is missing; weights are read from safetensors files only")
+    return files
+
+
+def _preprocessing(key: str, plan: Teacher, folder: Path, config: dict[str, Any]) -> tuple[Preprocessing, str]:
+    """From the plan, else from the model's own file, else from what its architecture is published with."""
+    own: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            own = _json(folder / name)
+            own = own.get("image_processor", own)
+            origin = name
+            break
+    else:
+        architecture = VISION_TOWER.get(config["model_type"], config["model_type"])
+        origin = f"architecture {architecture}"
+        if architecture in BY_ARCHITECTURE:
+            interpolation, mean, std = BY_ARCHITECTURE[architecture]
+            own = {"resample": interpolation, "image_mean": mean, "image_std": std}
+    if own.get("do_normalize") is False:
+        own.update(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+    scale = 255 * own.get("rescale_factor", 1 / 255) if own.get("do_rescale", True) else 255
+    resample = own.get("resample")
+    found: dict[str, Any] = {
+        "size": plan.size or _size(own, config),
+        "interpolation": plan.interpolation or RESAMPLE.get(resample, resample),  # type: ignore[arg-type]
+        "mean": plan.mean or _scaled(own.get("image_mean"), scale),
+        "std": plan.std or _scaled(own.get("image_std"), scale),
+    }
+    if unknown := [name for name, value in found.items() if value is None]:
+        raise PlanError(
+            f"{key}: {plan.model!r} has no preprocessor_config.json that gives {', '.join(unknown)}; add "
+            f"{'it' if len(unknown) == 1 else 'them'} to the plan or the file to the folder"
+        )
+    return Preprocessing(**found), origin
+
+
+def _size(own: dict[str, Any], config: dict[str, Any]) -> int | None:
+    vision = config.get("vision_config", config)
+    for size in (
+        own.get("crop_size") if own.get("do_center_crop") else None,
+        own.get("size"),
+        vision.get("image_size"),
+    ):
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge") or size.get("longest_edge")
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _scaled(values: Any, scale: float) -> tuple[float, ...] | None:
+    """mean and std for pixels in [0, 1], where the file gives them for pixels times another factor."""
+    if values is None:
+        return None
+    return tuple(float(v) / scale if abs(scale - 1) > 1e-6 else float(v) for v in values)
+
+
+def _commit(folder: Path) -> str | None:
+    """The hub's commit, which names the snapshot folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise PlanError(f"{file} is not a JSON object")
+    return document
