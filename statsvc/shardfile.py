@@ -221,10 +221,11 @@ class ShardFile:
         expected = (len(row_N), self._row_nbytes)
         if out_NX.shape != expected or out_NX.dtype != np.uint8:
             raise WrongRows(f"{len(row_N)} rows need uint8 {list(expected)}, not {out_NX.dtype} {list(out_NX.shape)}")
-        if ((row_N >= 0) & (row_N < len(self.present_R))).all() and self._verified_R[row_N].all():  # so all are present
+        inside_N = (row_N >= 0) & (row_N < len(self.present_R))
+        if len(row_N) > 1 and inside_N.all() and self._verified_R[row_N].all():  # verified, and so present
             offset_N = self._offset_R[row_N]
             step_N = np.diff(offset_N)
-            if len(step_N) and (step_N == step_N[0]).all():  # evenly spaced rows are one strided array
+            if (step_N == step_N[0]).all():  # evenly spaced rows are one strided array
                 out_NX[...] = np.ndarray(expected, np.uint8, self._file_B, offset_N.item(0), (step_N.item(0), 1))
                 return
         for out_X, row in zip(out_NX, row_N.tolist(), strict=True):

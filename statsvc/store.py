@@ -43,7 +43,8 @@ class Store:
 
     def teachers(self) -> list[str]:
         """Names of all teachers."""
-        return [name for name in self.backend.list("teachers") if name != "zarr.json"]
+        names = self.backend.list("teachers")
+        return [name for name in names if self.backend.size(f"teachers/{name}/zarr.json") is not None]
 
     def teacher(self, name: str) -> Teacher:
         """One teacher. Raises NotFound naming those there are."""
@@ -130,8 +131,9 @@ class Teacher:
         return self.pilot_moments(output, reports[0]["pilot"])
 
     def pilot_moments(self, output: str, shards: Sequence[int]) -> Moments[np.ndarray]:
-        """The moments of dataset shards, merged in the given order."""
-        return reduce(Moments.merge, (half for shard in shards for half in self.shard_moments(output, shard)))
+        """The moments of dataset shards: each half of the images merged in the given order, then both halves."""
+        halves = zip(*(self.shard_moments(output, shard) for shard in shards), strict=True)
+        return reduce(Moments.merge, (reduce(Moments.merge, half) for half in halves))
 
     def shard_moments(self, output: str, shard: int) -> tuple[Moments[np.ndarray], Moments[np.ndarray]]:
         """The moments of the two halves of one dataset shard's images."""

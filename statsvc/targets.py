@@ -37,7 +37,7 @@ class Targets:
         self.dtype: str = about["dtype"]
         self.transform_digest: str = about["transform"]
         self.tokens, self.k = teacher.output(output).tokens, about["k"]
-        self._specs = cache_arrays(
+        self.specs = cache_arrays(
             teacher.name, set_, output, dtype=self.dtype, transform=self.transform_digest,
             tokens=self.tokens, k=self.k, rows=self._store.rows_per_shard,
         )  # fmt: skip
@@ -67,7 +67,7 @@ class Targets:
         """The arrays of the codec as stored, by name: codes int8 [N, T, k] and scales float32 [N, T], or values."""
         stored = {}
         for part in codec(self.dtype).arrays:
-            spec = self._specs[part.name]
+            spec = self.specs[part.name]
             out = np.empty((len(rows), *spec.shape), part.dtype)
             out_NX = out.reshape(len(rows), -1).view(np.uint8)
             # Runs of rows of one shard are read together.
@@ -96,7 +96,7 @@ class Targets:
                 del self._shards[next(iter(self._shards))]
             opened: dict[str, Any] = {}
             for part in codec(self.dtype).arrays:
-                spec = self._specs[part.name]
+                spec = self.specs[part.name]
                 if spec.sharded:
                     opened[part.name] = open_feature_shard(self._store.backend, spec, shard, commit)
                     opened["present"] = opened[part.name].present_R

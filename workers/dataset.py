@@ -41,13 +41,12 @@ def _expand_one(pattern: str) -> list[str]:
         raise PlanError(f"data.shards: {pattern!r} is not a local path; copy the shards or mount their storage")
     try:
         locations = list(braceexpand.braceexpand(pattern.removeprefix("file://")))
-    except braceexpand.UnbalancedBracesError as error:
-        raise PlanError(
-            f"data.shards: {pattern!r} has unbalanced braces; write for example {{000000..000099}}"
-        ) from error
+    except ValueError as error:
+        raise PlanError(f"data.shards: {pattern!r} has unbalanced braces; write it like {{000000..000099}}") from error
     expanded: list[str] = []
     for location in locations:
-        matches = sorted(glob.glob(location, recursive=True)) if glob.has_magic(location) else [location]
+        # glob, not Path.glob: patterns may be absolute.
+        matches = sorted(glob.glob(location, recursive=True)) if glob.has_magic(location) else [location]  # noqa: PTH207
         if not matches:
             raise PlanError(f"data.shards: {location!r} matches no file; check the folder and the pattern")
         for match in matches:

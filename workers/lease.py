@@ -64,9 +64,7 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseError when the lease is no longer ours: whatever is done now would be done twice."""
         if self._lost is not None:
-            raise LeaseError(
-                f"this driver lost its lease on the store ({self._lost}); it stops and writes nothing more"
-            )
+            raise LeaseError(f"this driver lost its lease on the store ({self._lost}) and stops; run again to go on")
 
     def _keep(self) -> None:
         while not self._ending.wait(HEARTBEAT_SECONDS):

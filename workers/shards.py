@@ -150,20 +150,19 @@ class _Group:
 
     def takes_image(self, member: tarfile.TarInfo, extension: str, tar: "_Tar", images: tuple[str, ...]) -> bool:
         """Note the member; True if it is the image of this sample and can be read."""
-        doubled = extension in self.extensions
-        self.extensions[extension] = None
         cut = f"the tar is cut inside {member.name!r}; copy it again" if tar.is_cut(member) else None
-        if extension in images and not self.extension:
+        chosen = extension in images and not self.extension
+        if chosen:
             self.extension = extension
             self.problem = self.problem or cut or _unusable(member)
-            return self.problem is None
-        if doubled:
+        elif extension in self.extensions:
             self.remarks.append(f"{member.name!r} stands twice; the first is kept")
         elif extension in images:
             self.remarks.append(f"a second image, .{extension}; the first, .{self.extension}, is kept")
-        if cut:
+        if cut and not chosen:
             self.remarks.append(cut)
-        return False
+        self.extensions[extension] = None
+        return chosen and self.problem is None
 
     def finish(self, images: tuple[str, ...], problems: list[Problem]) -> Sample:
         if not self.extension and self.problem is None:
@@ -184,16 +183,13 @@ def _unusable(member: tarfile.TarInfo) -> str | None:
 
 
 class _Tar(FileIO):
-    """A tar that may be cut or damaged: gives the members up to there and says afterwards what it met.
-
-    position   bytes that went through the checksum so far
-    end        where the last good member ends, padding included: the next header or the end marker should stand there
-    """
+    """A tar that may be cut or damaged: gives the members up to there and says afterwards what it met."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.size = os.fstat(self.fileno()).st_size
-        self.position = self.crc32c = self.end = 0
+        self.end = 0  # of the last good member, padding included: here the next header or the end marker should stand
+        self.position = self.crc32c = 0  # after what was read so far
         self.content_end = 0  # just after the last byte so far that is not zero
         self.limit: int | None = None
         self.stream: tarfile.TarFile | None = None
@@ -215,10 +211,8 @@ class _Tar(FileIO):
             if first.strip(b"\0"):  # else without members, which is reported and not refused
                 tarfile.TarInfo.frombuf(first, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
-            raise UnreadableShard(
-                f"it is no tar, it begins with {first[:16]!r}; unpack a compressed tar to a plain .tar, "
-                "and leave out of data.shards what is no tar"
-            ) from error
+            rule = "unpack a compressed tar to a plain .tar, and leave out of data.shards what is no tar"
+            raise UnreadableShard(f"it is no tar, it begins with {first[:16]!r}; {rule}") from error
         while self.end < self.size:
             self.limit = self.end + MAX_HEADER_BYTES
             try:
@@ -228,9 +222,9 @@ class _Tar(FileIO):
                         fileobj=self, mode="r|", bufsize=READ_BYTES, encoding="utf-8", errors="surrogateescape"
                     )
                 member = self.stream.next()
-            except OSError:
-                raise
-            except Exception:  # on damaged headers not only TarError but ValueError, IndexError, RecursionError, ...
+            except Exception as error:  # a damaged header: TarError, ValueError, IndexError, RecursionError, ...
+                if isinstance(error, OSError):
+                    raise
                 return
             if member is None or member.offset_data > self.stream.offset:  # the latter from a negative size
                 return
@@ -255,11 +249,10 @@ class _Tar(FileIO):
         # The bytes that follow the last member, not the last bytes of the file: a member may well end in zeros.
         marker = os.pread(self.fileno(), len(END_MARKER), self.end) if self.end < self.size else b""
         unread = self.content_end > self.end
-        if marker != END_MARKER:
-            return (
-                f"the end-of-archive marker (two zero blocks) is missing at byte {self.end}, the file has {self.size}: "
-                f"the tar may be cut or damaged{', what follows was not read' if unread else ''}; copy it again"
-            )
-        if unread:
-            return f"what follows the end-of-archive marker at byte {self.end} was not read; cat does not join tars"
-        return None
+        if marker == END_MARKER:
+            joined = f"what follows the end-of-archive marker at byte {self.end} was not read; cat does not join tars"
+            return joined if unread else None
+        return (
+            f"the end-of-archive marker (two zero blocks) is missing at byte {self.end}, the file has {self.size}: "
+            f"the tar may be cut or damaged{', what follows was not read' if unread else ''}; copy it again"
+        )

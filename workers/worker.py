@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -104,6 +105,8 @@ def _failed(error: Exception) -> Failed:
     else:
         kind = "again"
     message = str(error) if isinstance(error, StatsvcError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = "the disk of the store is full; free some space, then run the same command to go on"
     return Failed(kind, message, traceback.format_exc())
 
 

@@ -1,11 +1,24 @@
 """Where the objects of a store lie. A new kind of storage is one new file and one line in BACKENDS."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol
 
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import PlanError
+
+
+class Upload(Protocol):
+    """An object that is being streamed."""
+
+    @property
+    def file(self) -> BinaryIO:
+        """Where its bytes go."""
+
+    def publish(self) -> None:
+        """Make the object visible, whole and durable."""
+
+    def discard(self) -> None:
+        """Leave no trace, unless it was published."""
 
 
 class Backend(Protocol):
@@ -26,8 +39,8 @@ class Backend(Protocol):
     def write(self, path: str, data: bytes) -> None:
         """Publish an object, replacing one of that path."""
 
-    def create(self, path: str) -> AbstractContextManager[BinaryIO]:
-        """Stream an object: published when the block ends, gone without trace when it raises."""
+    def create(self, path: str) -> Upload:
+        """Begin to stream an object."""
 
     def remove(self, path: str) -> None:
         """Remove an object; no error where there is none."""

@@ -5,8 +5,6 @@ import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,24 +41,15 @@ class LocalBackend:
             return []
 
     def write(self, path: str, data: bytes) -> None:
-        with self.create(path) as file:
-            file.write(data)
-
-    @contextmanager
-    def create(self, path: str) -> Iterator[BinaryIO]:
-        target = self._file(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex}")
+        upload = self.create(path)
         try:
-            with partial.open("w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _fsync_folder(target.parent)
+            upload.file.write(data)
+            upload.publish()
+        finally:
+            upload.discard()
+
+    def create(self, path: str) -> "LocalUpload":
+        return LocalUpload(self._file(path))
 
     def remove(self, path: str) -> None:
         self._file(path).unlink(missing_ok=True)
@@ -103,6 +92,27 @@ class LocalBackend:
         if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
             raise StoreError(f"a path of the store is relative and stays inside it; got {path!r}")
         return self.root / path
+
+
+class LocalUpload:
+    """A partial file beside its target."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex}")
+        self.file: BinaryIO = self._partial.open("w+b")
+
+    def publish(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self._partial.replace(self._target)
+        _fsync_folder(self._target.parent)
+
+    def discard(self) -> None:
+        self.file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from statsvc.errors import EngineError, PlanError, StoreError
+from statsvc.errors import EngineError, Interrupted, PlanError, StoreError
 from workers.engines.base import ATTEMPTS, EngineSetup
+from workers.fingerprint import cores
 from workers.job import Result, Unit
 from workers.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
 
@@ -41,7 +41,7 @@ class InlineEngine:
     def start(self) -> Ready:
         devices = _devices()
         wanted = self._setup.plan.engine.decoders
-        decoders = max(1, _cores() // len(devices) - 1) if wanted == "auto" else wanted
+        decoders = max(1, cores() // len(devices) - 1) if wanted == "auto" else wanted
         for device in devices:
             setup = WorkerSetup(
                 store=self._setup.plan.store,
@@ -123,7 +123,9 @@ class InlineEngine:
         for _ in range(ATTEMPTS):
             worker = self._workers[number]
             while not worker.connection.poll(POLL_SECONDS):
-                pass  # loading takes as long as it takes; an end of the process wakes this up too
+                # Loading takes as long as it takes; an end of the process wakes this up too.
+                if self._setup.stopping.is_set():
+                    raise Interrupted("interrupted while the teachers were loading; nothing was begun")
             message = _receive(worker)
             if isinstance(message, Ready):
                 return message
@@ -166,7 +168,3 @@ def _devices() -> list[str]:
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

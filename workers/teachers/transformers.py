@@ -77,8 +77,9 @@ def load(resolved: Resolved) -> Features:
     """The model with all its weights from the files. Raises PlanError where some are missing."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    library_logging: Any = transformers.utils.logging
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModel.from_pretrained(
             resolved.location,

@@ -1,0 +1,117 @@
+"""The `statsvc` command. Exit codes: 0 done, 1 damage or quarantine, 2 wrong plan, 3 failed, 130 interrupted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from statsvc.errors import Interrupted, PlanError, StatsvcError
+
+DONE, DAMAGED, WRONG, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="statsvc")
+@click.option("-v", "--verbose", is_flag=True, help="Log details, with tracebacks of what workers came across.")
+def cli(verbose: bool) -> None:
+    """Run every vision teacher once, normalize its features with PHI-S and cache them for students."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("statsvc").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Check everything and print phases, rows and bytes; write nothing.")
+@click.option("--retry", is_flag=True, help="Take up quarantined dataset shards again.")
+def run(plan: Path, dry_run: bool, retry: bool) -> int:
+    """Index, measure, fit and cache what PLAN asks for; run it again after anything and it goes on."""
+    from statsvc.plan import read_plan
+
+    asked = read_plan(plan)
+    driver, progress = _extra("workers.run", "worker"), _extra("workers.progress", "worker")
+    code: int = driver.run(asked, progress.Display(), dry_run=dry_run, retry=retry)
+    return code
+
+
+store_option = click.option("--store", "location", required=True, help="The store: a path.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+
+
+@cli.command()
+@store_option
+@json_option
+def status(location: str, as_json: bool) -> int:
+    """Count what is indexed, measured, fitted and cached, and list what could not be used."""
+    from statsvc.status import describe, print_status
+    from statsvc.store import open_store
+
+    found = describe(open_store(location))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_status(found, click.echo)
+    return DAMAGED if found["quarantined"] else DONE
+
+
+@cli.command()
+@store_option
+@json_option
+@click.option("--repair", is_flag=True, help="Remove damaged objects and their commits; the next run restores them.")
+def verify(location: str, as_json: bool, repair: bool) -> int:
+    """Check every checksum, count, digest and zarr.json; print one line per damaged object."""
+    from statsvc.store import open_store
+    from statsvc.verify import repair as mend
+    from statsvc.verify import verify_store
+
+    store = open_store(location)
+    checked, damage = verify_store(store)
+    if as_json:
+        click.echo(json.dumps({"checked": checked, "damaged": [d._asdict() for d in damage]}, indent=2))
+    else:
+        for damaged in damage:
+            click.echo(f"{damaged.path}: {damaged.reason}")
+        click.echo(f"{checked} objects checked, {len(damage)} damaged")
+    if repair and damage:
+        removed = mend(store, damage)
+        click.echo(f"removed {removed} objects and commits; `statsvc run PLAN` restores them", err=as_json)
+    return DAMAGED if damage else DONE
+
+
+def _extra(module: str, extra: str) -> Any:
+    """A module that only an extra brings. Raises PlanError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise PlanError(f"this command needs {error.name}: pip install 'statsvc[{extra}]'") from error
+
+
+def main() -> None:
+    """The entry point: errors become one sentence on standard error and an exit code, never a traceback."""
+    sys.exit(_guarded(lambda: cli.main(standalone_mode=False)))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        code = command()
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return WRONG
+    except PlanError as error:
+        click.echo(f"error: {error}", err=True)
+        return WRONG
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        click.echo(str(error) or "interrupted", err=True)
+        return INTERRUPTED
+    except (StatsvcError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        return FAILED
+    return code if isinstance(code, int) else DONE

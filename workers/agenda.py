@@ -1,0 +1,156 @@
+"""What a plan asks for, beside what its store already holds: the units that are missing. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from statsvc.backends import backend
+from statsvc.errors import PlanError
+from statsvc.layout import fit_path, set_name
+from statsvc.ledger import attributes
+from statsvc.plan import Plan
+from statsvc.store import Store
+from workers.dataset import expand
+from workers.fingerprint import fingerprint, settle
+from workers.fit import fit_digest
+from workers.job import TeacherJob, Unit
+from workers.pilot import Pilot
+from workers.record import RunRecord
+from workers.teachers import resolve
+
+PHASES = ("index", "measure", "cache")
+
+
+class Agenda:
+    """Everything it knows is read from the plan, the files it names and the store.
+
+    shards    the plan's dataset shards by name
+    numbers   the number of each dataset shard in the store
+    settings  what decides the numbers of each teacher (see fingerprint)
+
+    Raises PlanError, before anything is written, for all that can be wrong with a plan short of loading its teachers.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.shards = {shard.name: shard for shard in expand(plan.data.shards)}
+        self.resolved = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}
+        self.backend = backend(plan.store)
+        self.record = RunRecord(self.backend)
+        self._store = Store(self.backend) if self.backend.exists() else None
+        stored: dict[str, Any] = {}
+        if self._store:
+            kept = self._store.rows_per_shard
+            if plan.data.rows_per_shard not in (None, kept):
+                raise PlanError(
+                    f"data.rows_per_shard: {plan.data.rows_per_shard} differs from the {kept} that the store "
+                    f"{plan.store!r} was made with; leave the key out, or use another store"
+                )
+            stored = {name: attributes(self.backend, f"teachers/{name}")["settings"] for name in self._store.teachers()}
+        elif foreign := [name for name in self.backend.list("") if name != ".statsvc"]:
+            raise PlanError(
+                f"store: {plan.store!r} holds {foreign[0]!r} and is no store; name a new or an empty folder"
+            )
+        self.settings: dict[str, dict[str, Any]] = {}
+        for name, resolved in self.resolved.items():
+            self.settings[name] = settle(name, plan, resolved, stored | self.settings)
+        self.numbers = self.known_numbers()
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
+
+    @property
+    def store(self) -> Store:
+        """The store; its root must be written."""
+        if self._store is None:
+            self._store = Store(self.backend)
+        return self._store
+
+    def is_anything_missing(self) -> bool:
+        if not self.has_store or set(self.usable("cache")) - set(self.known_numbers()):
+            return True
+        if any(not self.is_fitted(name) for name in self.plan.teachers):
+            return True
+        return any(True for _ in self.cache_units())
+
+    def known_numbers(self) -> dict[str, int]:
+        """The number of every dataset shard that the store has indexed."""
+        if not self.has_store:
+            return {}
+        commits = (self.store.ledger.read("index", shard) for shard in self.store.ledger.shards("index"))
+        return {commit.name: commit.shard for commit in commits if commit is not None and commit.name is not None}
+
+    def usable(self, phase: str) -> list[str]:
+        """The plan's dataset shards that are not quarantined in a phase or one before it."""
+        bad = {name for before in PHASES[: PHASES.index(phase) + 1] for name in self.record.quarantined(before)}
+        return [name for name in self.shards if name not in bad]
+
+    def is_fitted(self, teacher: str) -> bool:
+        return self.backend.size(fit_path(teacher)) is not None
+
+    def measure_units(self, teachers: list[str], order: list[str], pilot: Pilot) -> Iterator[Unit]:
+        """The units of the pilot that have no commit, until the pilot is complete."""
+        ledger = self.store.ledger
+        jobs = {t: TeacherJob(t, fingerprint(self.settings[t]), self.store.teacher(t).outputs) for t in teachers}
+        for name in order:
+            if pilot.complete:
+                return
+            missing = [jobs[t] for t in teachers if ledger.read("measure", self.numbers[name], t) is None]
+            if missing:
+                yield self._unit("measure", name, missing)
+
+    def cache_units(self) -> Iterator[Unit]:
+        """The units of the cache phase that have no commit; every teacher must be fitted."""
+        ledger = self.store.ledger
+        jobs = self.cache_jobs()
+        done = [set(ledger.shards("cache", job.name, job.cache_set)) for job in jobs]
+        for name in self.usable("cache"):
+            missing = [job for job, shards in zip(jobs, done, strict=True) if self.numbers[name] not in shards]
+            if missing:
+                yield self._unit("cache", name, missing)
+
+    def uncached(self, teacher: str) -> list[str]:
+        """The dataset shards that the cache phase would do for one teacher, fitted or not."""
+        names = self.usable("cache")
+        if not self.has_store or not self.is_fitted(teacher):
+            return names
+        job = self._cache_job(teacher)
+        done = set(self.store.ledger.shards("cache", teacher, job.cache_set))
+        return [name for name in names if self.numbers.get(name) not in done]
+
+    def count_samples(self, name: str) -> int:
+        """Samples of a dataset shard: from its index, else as many as it may have, else counted in the tar itself."""
+        if name in self.numbers and (commit := self.store.ledger.read("index", self.numbers[name])):
+            return commit.samples or 0
+        if self.plan.data.rows_per_shard is not None:
+            return self.plan.data.rows_per_shard
+        from workers.shards import ShardReader
+
+        reader = ShardReader(Path(self.shards[name].location), self.plan.data.images, keep_images=False)
+        return sum(1 for _ in reader)
+
+    def cache_jobs(self) -> list[TeacherJob]:
+        """What the cache phase must know of each teacher; every one must be fitted."""
+        return [self._cache_job(name) for name in self.plan.teachers]
+
+    def _cache_job(self, name: str) -> TeacherJob:
+        teacher = self.store.teacher(name)
+        fits, method, dtype = teacher.fits(), self.plan.normalize, self.plan.targets.dtype
+        cache_set = set_name(method, fit_digest(fits, method), dtype)
+        transforms = {output: fits[output][method] for output in fits}
+        return TeacherJob(name, teacher.fingerprint, teacher.outputs, cache_set, dtype, transforms)
+
+    def _unit(self, phase: str, name: str, teachers: list[TeacherJob]) -> Unit:
+        return Unit(
+            phase=phase,
+            shard=self.numbers[name],
+            name=name,
+            location=self.shards[name].location,
+            teachers=tuple(teachers),
+            images=self.plan.data.images,
+            rows_per_shard=self.store.rows_per_shard,
+            batch_size=next(iter(self.settings.values()))["batch_size"],
+        )

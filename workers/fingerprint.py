@@ -1,0 +1,65 @@
+"""What decides the numbers of a teacher: settled on the first run, kept by every later one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from statsvc.canonical import canonical_json, sha256
+from statsvc.errors import FingerprintMismatch
+from statsvc.plan import Plan
+from workers.teachers.base import Resolved
+
+Fields = dict[str, Any]
+
+
+def settle(name: str, plan: Plan, resolved: Resolved, stored: dict[str, Fields]) -> Fields:
+    """The fields of a teacher's fingerprint; what the plan leaves open is as the store has it, else chosen here.
+
+    Raises FingerprintMismatch, naming the fields, where the store holds this teacher with others.
+    """
+    before = stored.get(name, {})
+    chosen = before or next(iter(stored.values()), {}) or _defaults()
+    precision, batch_size = resolved.plan.precision, plan.engine.batch_size
+    fields: Fields = {
+        "source": resolved.plan.source,
+        "weights": resolved.weights,
+        "taps": resolved.taps,
+        **asdict(resolved.preprocessing),
+        "precision": chosen["precision"] if precision == "auto" else precision,
+        "views": plan.views.model_dump(),
+        "batch_size": chosen["batch_size"] if batch_size == "auto" else batch_size,
+        "threads": chosen["threads"],
+    }
+    fields["mean"], fields["std"] = list(fields["mean"]), list(fields["std"])
+    differing = [key for key in fields if before and before.get(key) != fields[key]]
+    if differing:
+        values = "; ".join(f"{key} is {before.get(key)!r} there and {fields[key]!r} here" for key in differing)
+        raise FingerprintMismatch(
+            f"teachers.{name}: the store {plan.store!r} holds this teacher with other settings: {values}. Use those, "
+            "or another store, or add the teacher under another name"
+        )
+    return fields
+
+
+def fingerprint(fields: Fields) -> str:
+    """64 hex digits."""
+    return sha256(canonical_json(fields))
+
+
+def _defaults() -> Fields:
+    """For a store that holds no teacher yet. Large batches on a GPU; on a CPU they only cost memory."""
+    import torch
+
+    cuda = torch.cuda.device_count()
+    return {
+        "precision": "bfloat16" if cuda else "float32",
+        "batch_size": 128 if cuda else 16,
+        "threads": max(1, cores() // max(1, cuda)),
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

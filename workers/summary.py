@@ -1,0 +1,136 @@
+"""What a run tells at its end: why normalization is needed, that it worked, what was written, what to do next.
+
+Suffix: k = channels of a target.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from statsvc.arrays import read_chunk
+from statsvc.store import Store
+from workers.agenda import Agenda
+from workers.job import TeacherJob
+from workers.progress import Display
+
+
+def print_summary(agenda: Agenda, show: Display) -> None:
+    """One line per teacher and output, then counts, bytes and the next steps."""
+    store, plan = agenda.store, agenda.plan
+    jobs = agenda.cache_jobs()
+    reports = {(job.name, o): store.teacher(job.name).report()[o][plan.normalize] for job in jobs for o in job.outputs}
+    table = Table(title=f"features as the teachers give them, and the targets after {plan.normalize}", show_lines=False)
+    for column in (
+        "teacher",
+        "output",
+        "width",
+        "feature std",
+        "channel std",
+        "MSE share",
+        "",
+        "target variance",
+        "MSE share",
+    ):
+        table.add_column(column, justify="left" if column in ("teacher", "output") else "right")
+    for output in dict.fromkeys(output for _, output in reports):
+        rows = {name: report for (name, of), report in reports.items() if of == output}
+        variances = {job.name: target_variance(store, job, output) for job in jobs if job.name in rows}
+        before = sum(report["feature_variance"] for report in rows.values())
+        after = sum(float(np.nanmean(variance_k)) for variance_k in variances.values())
+        for name, report in rows.items():
+            variance_k = variances[name]
+            low, high = report["channel_std"]
+            table.add_row(
+                name,
+                output,
+                str(report["dim"]),
+                f"{report['feature_std']:.4g}",
+                f"{low:.3g} to {high:.3g}",
+                f"{report['feature_variance'] / before:.2%}",
+                "->",
+                f"{variance_k.mean():.3f} ({variance_k.min():.3f} to {variance_k.max():.3f})",
+                f"{variance_k.mean() / after:.2%}",
+            )
+    show.table(table)
+    show.line(
+        "MSE share: a teacher's part of an unweighted MSE loss over all teachers, for a student that knows nothing."
+    )
+    _print_trust(reports, show)
+    _print_written(store, jobs, plan.store, show)
+
+
+def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:
+    """[k] float64: variance of each channel over all cached targets, from what every dataset shard recorded."""
+    targets = store.teacher(job.name).targets(output, job.cache_set)
+    specs, k = targets.specs, targets.k
+    weight, sum_k, square_k = 0, np.zeros(k), np.zeros(k)
+    for shard in store.ledger.shards("cache", job.name, job.cache_set):
+        commit = store.ledger.read("cache", shard, job.name, job.cache_set)
+        if commit is None or not commit.rows:
+            continue
+        mean_k = read_chunk(store.backend, specs["target_mean"], shard, commit)[0].astype(np.float64)
+        var_k = read_chunk(store.backend, specs["target_var"], shard, commit)[0].astype(np.float64)
+        weight += commit.rows
+        sum_k += commit.rows * mean_k
+        square_k += commit.rows * (var_k + mean_k**2)
+    if not weight:
+        return np.full(k, np.nan)
+    variance_k: np.ndarray = square_k / weight - (sum_k / weight) ** 2
+    return variance_k
+
+
+def _print_trust(reports: dict[tuple[str, str], dict[str, Any]], show: Display) -> None:
+    for (name, output), report in reports.items():
+        rms = report["expected_rms_error"]
+        error = (
+            "unknown: too few images"
+            if rms is None
+            else f"about {rms:.1%} (worst channel {report['expected_max_error']:.1%})"
+        )
+        state = "converged" if report["converged"] else "not converged"
+        show.line(f"{name} {output}: {state} on {report['images']} images; error of the target variances {error}")
+
+
+def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Display) -> None:
+    total = 0
+    for job in jobs:
+        commits = [
+            store.ledger.read("cache", shard, job.name, job.cache_set)
+            for shard in store.ledger.shards("cache", job.name, job.cache_set)
+        ]
+        status: dict[str, int] = {}
+        for commit in commits:
+            for key, count in (commit.status or {}).items() if commit else ():
+                status[key] = status.get(key, 0) + count
+        size = sum(record.bytes for commit in commits if commit for record in commit.objects)
+        total += size
+        counted = ", ".join(f"{count} {key}" for key, count in status.items() if key != "absent")
+        rows = len(commits) * store.rows_per_shard
+        show.line(
+            f"{job.name}: {status.get('ok', 0)} of {rows} rows present ({counted}), {size / 1e6:.1f} MB in "
+            f"teachers/{job.name}/cache/{job.cache_set}"
+        )
+    show.line(f"wrote {total / 1e6:.1f} MB to {location}; any Zarr client reads it")
+    show.line(f"next: statsvc verify --store {location} checks every byte; statsvc status --store {location} counts")
+    show.line(f'      in Python: statsvc.open("{location}").teacher("{jobs[0].name}").targets("patches").read([0])')
+
+
+def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> None:
+    """What a run would do, by phase."""
+    known = agenda.known_numbers()
+    new = [name for name in agenda.usable("index") if name not in known]
+    unfitted = [name for name in agenda.plan.teachers if not agenda.is_fitted(name)]
+    show.line(f"index: {len(new)} new dataset shards of {len(agenda.shards)}")
+    show.line(f"measure and fit: {', '.join(unfitted) or 'nothing'}")
+    samples = {name: agenda.count_samples(name) for name in agenda.usable("cache")}
+    for name in agenda.plan.teachers:
+        missing = agenda.uncached(name)
+        rows = sum(samples[shard] for shard in missing)
+        size = rows * row_bytes[name] / 1e6
+        show.line(
+            f"cache: {name}: {len(missing)} dataset shards, {rows} rows, {size:.1f} MB as {agenda.plan.targets.dtype}"
+        )
+    show.line("nothing was written")
