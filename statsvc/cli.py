@@ -14,6 +14,7 @@ import click
 
 from statsvc.errors import Interrupted, PlanError, StatsvcError
 
+log = logging.getLogger("statsvc")
 DONE, DAMAGED, WRONG, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -23,7 +24,7 @@ DONE, DAMAGED, WRONG, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 def cli(verbose: bool) -> None:
     """Run every vision teacher once, normalize its features with PHI-S and cache them for students."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("statsvc").setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 @cli.command()
@@ -113,5 +114,9 @@ def _guarded(command: Callable[[], Any]) -> int:
         return INTERRUPTED
     except (StatsvcError, OSError) as error:
         click.echo(f"error: {error}", err=True)
+        return FAILED
+    except Exception as error:
+        log.debug("unexpected", exc_info=True)
+        click.echo(f"error: unexpected {type(error).__name__}: {error}; `statsvc -v ...` shows where", err=True)
         return FAILED
     return code if isinstance(code, int) else DONE

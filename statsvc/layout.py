@@ -31,6 +31,10 @@ class Output:
     dim: int
     grid: tuple[int, int] | None = None
 
+    def describe(self) -> dict[str, Any]:
+        """As it stands in the teacher's attributes."""
+        return {"tokens": self.tokens, "dim": self.dim, "grid": list(self.grid) if self.grid else None}
+
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:

@@ -126,6 +126,8 @@ def attributes(backend: Backend, path: str) -> dict[str, Any]:
     name = f"{path}/zarr.json".lstrip("/")
     try:
         found: dict[str, Any] = json.loads(backend.read(name))["attributes"]
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise DamagedObject(f"{name}: missing or not Zarr metadata ({error}); run the plan again") from error
+    except FileNotFoundError as error:
+        raise DamagedObject(f"{name}: missing; run the plan again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedObject(f"{name}: not Zarr metadata ({error}); remove it and run the plan again") from error
     return found

@@ -15,13 +15,15 @@ from statsvc.layout import (
     OK,
     STATUS_NAMES,
     ArraySpec,
+    cache_arrays,
     commit_path,
     fit_path,
     moments_arrays,
+    report_path,
     sample_arrays,
     teacher_status,
     transform_path,
-)  # fmt: skip
+)
 from statsvc.ledger import Commit
 from statsvc.normalizations import moments_digest
 from statsvc.store import Store, Teacher
@@ -90,8 +92,8 @@ class _Check:
             for output in teacher.outputs:
                 try:
                     specs = _cache_specs(teacher, cache_set, output)
-                except StatsvcError as error:
-                    self.damaged(f"teachers/{name}/cache/{cache_set}/{output}", error, None)
+                except (StatsvcError, LookupError, OSError, ValueError) as error:
+                    self.damaged(f"teachers/{name}/cache/{cache_set}/{output}", f"no readable commit: {error}", None)
                     continue
                 for spec in specs.values():
                     self._metadata(spec)
@@ -106,7 +108,7 @@ class _Check:
                 commit = self.store.ledger.read(phase, shard, name, cache_set)
                 assert commit is not None  # it was listed
                 expected = list(_expected(self._rows, phase, teacher, cache_set))
-            except StatsvcError as error:
+            except (StatsvcError, LookupError, OSError, ValueError) as error:
                 self.damaged(path, error, path)
                 continue
             if teacher and commit.fingerprint != teacher.fingerprint:
@@ -166,7 +168,7 @@ class _Check:
         try:
             found = json.loads(self.store.backend.read(path))
         except (FileNotFoundError, ValueError) as error:
-            self.damaged(path, f"missing or not JSON ({error})", None)
+            self.damaged(path, "missing" if isinstance(error, FileNotFoundError) else f"not JSON: {error}", None)
             return
         due = json.loads(spec.metadata(self._shards))
         if wrong := [key for key in due if found.get(key) != due[key]]:
@@ -189,7 +191,22 @@ def _expected(rows: int, phase: str, teacher: Teacher | None, cache_set: str | N
 
 
 def _cache_specs(teacher: Teacher, cache_set: str, output: str) -> dict[str, ArraySpec]:
-    return teacher.targets(output, cache_set).specs
+    """What the arrays of a cache set must be, from its first commit and that fit's report, not from the arrays."""
+    store = teacher.store
+    first = store.ledger.read(
+        "cache", store.ledger.shards("cache", teacher.name, cache_set)[0], teacher.name, cache_set
+    )
+    digest = (first.transform or {})[output] if first else ""
+    return cache_arrays(
+        teacher.name,
+        cache_set,
+        output,
+        dtype=cache_set.rpartition("-")[2],
+        transform=digest,
+        tokens=teacher.output(output).tokens,
+        k=json.loads(store.backend.read(report_path(digest)))["rank"],
+        rows=store.rows_per_shard,
+    )
 
 
 def _miscounts(phase: str, commit: Commit, arrays: dict[str, np.ndarray], teacher: Teacher | None) -> Iterator[str]:

@@ -8,7 +8,15 @@ from typing import Any
 
 from statsvc.backends import backend
 from statsvc.errors import PlanError
-from statsvc.layout import fit_path, set_name
+from statsvc.layout import (
+    ArraySpec,
+    cache_arrays,
+    fit_path,
+    moments_arrays,
+    sample_arrays,
+    set_name,
+    teacher_status,
+)
 from statsvc.ledger import attributes
 from statsvc.plan import Plan
 from statsvc.store import Store
@@ -74,6 +82,8 @@ class Agenda:
             return True
         if any(not self.is_fitted(name) for name in self.plan.teachers):
             return True
+        if any(self.backend.size(f"{spec.path}/zarr.json") is None for spec in self.arrays()):
+            return True
         return any(True for _ in self.cache_units())
 
     def known_numbers(self) -> dict[str, int]:
@@ -90,6 +100,32 @@ class Agenda:
 
     def is_fitted(self, teacher: str) -> bool:
         return self.backend.size(fit_path(teacher)) is not None
+
+    def arrays(self) -> Iterator[ArraySpec]:
+        """Every array that the store must describe by now: of samples, of its teachers, of those that are fitted."""
+        rows = self.store.rows_per_shard
+        yield from sample_arrays(rows).values()
+        for name in self.plan.teachers:
+            if name not in self.store.teachers():
+                continue
+            outputs = self.store.teacher(name).outputs
+            yield teacher_status(name, rows)
+            for output, shape in outputs.items():
+                yield from moments_arrays(name, output, shape.dim).values()
+            if not self.is_fitted(name):
+                continue
+            job, reports = self._cache_job(name), self.store.teacher(name).report()
+            for output, shape in outputs.items():
+                yield from cache_arrays(
+                    name,
+                    job.cache_set,
+                    output,
+                    dtype=job.dtype,
+                    transform=job.transforms[output],
+                    tokens=shape.tokens,
+                    k=reports[output][self.plan.normalize]["rank"],
+                    rows=rows,
+                ).values()
 
     def measure_units(self, teachers: list[str], order: list[str], pilot: Pilot) -> Iterator[Unit]:
         """The units of the pilot that have no commit, until the pilot is complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,14 +29,15 @@ class Display:
     """Lines go to standard output; progress to a bar where standard output is a terminal, else to lines."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # A log has no width of its own, and a wrapped table is hard to read.
+        width = None if sys.stdout.isatty() else LOG_WIDTH
+        self.console = console or Console(highlight=False, soft_wrap=True, width=width)
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False)
 
     def table(self, table: Table) -> None:
-        # A log has no width of its own, and a wrapped table is hard to read.
-        self.console.print(table, width=None if self.console.is_terminal else LOG_WIDTH)
+        self.console.print(table)
 
     @contextmanager
     def phase(self, name: str, total: int | None, unit: str = "images") -> Iterator[Bar]:

@@ -16,7 +16,7 @@ from statsvc.arrays import declare_arrays, declare_group
 from statsvc.codec import codec
 from statsvc.errors import DiskFull, Interrupted, NoHadamardMatrix, PlanError, UnreadableShard
 from statsvc.hadamard import construction
-from statsvc.layout import FORMAT, Output, cache_arrays, moments_arrays, sample_arrays, teacher_status
+from statsvc.layout import FORMAT, Output, sample_arrays
 from statsvc.ledger import attributes
 from statsvc.plan import Plan
 from workers.agenda import Agenda
@@ -167,7 +167,7 @@ class Run:
         """Cache every dataset shard for every teacher that has not done it."""
         agenda = self._agenda
         units = list(agenda.cache_units())
-        self._declare_cache()
+        declare_arrays(self._backend, agenda.arrays(), self._shard_count())
         self._check_space(units)
         with self._show.phase("cache", sum(agenda.count_samples(unit.name) for unit in units)) as bar:
             for result in self._engine.run(iter(units), bar.advance):
@@ -193,11 +193,11 @@ class Run:
         return Path(self._agenda.shards[name].location)
 
     def _declare_teachers(self) -> None:
-        """Describe every teacher's group, moments and status; what stands there already is left alone."""
-        store, shards = self._agenda.store, self._shard_count()
+        """Describe every teacher and its arrays; what stands there already is left alone."""
+        store = self._agenda.store
         for name, outputs in self._ready.outputs.items():
             resolved, settings = self._agenda.resolved[name], self._agenda.settings[name]
-            shapes = {output: asdict(shape) for output, shape in outputs.items()}
+            shapes = {output: shape.describe() for output, shape in outputs.items()}
             if name in store.teachers():
                 # Appending dataset shards is no reason to rewrite what the first run recorded.
                 if shapes != attributes(self._backend, f"teachers/{name}")["outputs"]:
@@ -212,26 +212,7 @@ class Run:
                 }
                 declare_group(self._backend, "teachers", {})
                 declare_group(self._backend, f"teachers/{name}", about)
-            specs = [teacher_status(name, store.rows_per_shard)]
-            for output, shape in outputs.items():
-                specs += moments_arrays(name, output, shape.dim).values()
-            declare_arrays(self._backend, specs, shards)
-
-    def _declare_cache(self) -> None:
-        store = self._agenda.store
-        for job in self._agenda.cache_jobs():
-            for output, shape in job.outputs.items():
-                specs = cache_arrays(
-                    job.name,
-                    job.cache_set,
-                    output,
-                    dtype=job.dtype,
-                    transform=job.transforms[output],
-                    tokens=shape.tokens,
-                    k=store.teacher(job.name).transform(self._plan.normalize, output).rank,
-                    rows=store.rows_per_shard,
-                )
-                declare_arrays(self._backend, specs.values(), self._shard_count())
+        declare_arrays(self._backend, self._agenda.arrays(), self._shard_count())
 
     def _check_space(self, units: list[Unit]) -> None:
         """Raises DiskFull before the first target is written."""
