@@ -1,0 +1,134 @@
+"""What several files of tests share: decoder processes, two tiny checkpoints, and a small finished store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import workers.run
+from statsvc.plan import Plan
+from statsvc.store import Store, open_store
+from tests.plans import TINY_SIGLIP
+from tests.tiny import InProcess, photographs, write_tar
+from workers.decoders import Decoders
+from workers.engines import ENGINES
+from workers.engines.base import EngineSetup
+from workers.progress import Display
+
+# Dataset shards of 6, 7 and 6 samples; b has a broken photograph and a sample without one.
+SHARDS = {
+    "a.tar": photographs("a0", "a1", "a2", "a3", "a4", "a5"),
+    "b.tar": [
+        *photographs("b0", "b1"),
+        ("broken.jpg", b"\xff\xd8\xff no photograph"),
+        *photographs("b2"),
+        ("words.json", b"{}"),
+        *photographs("b3", "b4"),
+    ],
+    "c.tar": photographs("c0", "c1", "c2", "c3", "c4", "c5"),
+}
+ROWS_PER_SHARD = 7
+ABSENT = [6, 9, 11, 20]  # no seventh sample; broken; without an image; no seventh sample
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A folder with dataset shards, a plan over them, and the store that running it gave."""
+
+    folder: Path
+    plan: Plan
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def store(self) -> Store:
+        """Opened anew: it knows only what lies on disk."""
+        return open_store(str(self.path))
+
+    def run(self) -> int:
+        return workers.run.run(self.plan, Display())
+
+    def contents(self) -> dict[str, bytes]:
+        """Every object of the store by path, but the record of the run, which names folders."""
+        return {
+            str(path.relative_to(self.path)): path.read_bytes()
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.name != "run.json"
+        }
+
+
+@pytest.fixture(scope="session")
+def decoders() -> Iterator[Decoders]:
+    """One decoder process for all tests."""
+    with Decoders(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder: a Dinov2 of width 32 for images of 32 x 32, with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
+    )
+    folder = tmp_path_factory.mktemp("checkpoints") / "dinov2"
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_once(
+    dinov2: Path, decoders: Decoders, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """A finished store of the two teachers `dino` (int8 codes, 16 patches of 32 channels) and `siglip`."""
+    folder = tmp_path_factory.mktemp("finished")
+    for name, members in SHARDS.items():
+        write_tar(folder / name, members)
+    finished = Finished(folder, plan_for(folder, dinov2))
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, decoders)
+        assert finished.run() == 0
+    return finished
+
+
+@pytest.fixture
+def finished(
+    finished_once: Finished, dinov2: Path, decoders: Decoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Finished:
+    """A copy of it, which a test may damage, and run again in this process."""
+    folder = tmp_path / "finished"
+    shutil.copytree(finished_once.folder, folder)
+    in_process(monkeypatch, decoders)
+    return Finished(folder, plan_for(folder, dinov2))
+
+
+def plan_for(folder: Path, dinov2: Path, **changes: Any) -> Plan:
+    """The plan of the finished store, with some keys changed."""
+    document = {
+        "store": str(folder / "store"),
+        "data": {"shards": str(folder / "*.tar")},
+        "teachers": {"dino": {"source": "transformers", "model": str(dinov2)}, "siglip": TINY_SIGLIP},
+        "statistics": {"images": "all"},
+        "engine": {"batch_size": 4, "decoders": 1},
+        **changes,
+    }
+    return Plan.model_validate(document)
+
+
+def in_process(patch: pytest.MonkeyPatch, decoders: Decoders) -> None:
+    """Let runs work in this process."""
+
+    def engine(setup: EngineSetup) -> InProcess:
+        return InProcess(setup, decoders)
+
+    patch.setitem(ENGINES, "inline", engine)
