@@ -12,6 +12,7 @@
     |-- StoreError               the store cannot be read or written
     |   |-- DamagedObject        an object is missing, cut or fails its checksum
     |   |-- AbsentRow            a row has no target
+    |   |-- WrongRows            rows or arrays that do not fit the shard they are for
     |   |-- DiskFull             too little space for what is still to be written
     |   `-- LeaseError           another driver holds the store, or took it over
     |-- DatasetShardError        a dataset shard (tar) cannot be used
@@ -71,6 +72,10 @@ class DamagedObject(StoreError):
 
 class AbsentRow(StoreError, LookupError):
     """A row has no target: no such sample, or its image or features could not be used."""
+
+
+class WrongRows(StoreError, ValueError):
+    """Rows or arrays do not fit the shard they are for; nothing of them was written or read."""
 
 
 class DiskFull(StoreError):

@@ -4,6 +4,7 @@ Axes: R = rows of the store, C = rows of one dataset shard, T = tokens, k = chan
 teacher. zarr-python describes the arrays; their data is written by our own code and read by any Zarr client.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,11 @@ def sample_arrays(rows: int) -> dict[str, ArraySpec]:
         "status": ArraySpec("samples/status", "uint8", rows, (), ("row",)),
         "views": ArraySpec("samples/views", "float32", rows, (5,), ("row", "x_y_w_h_flip"), fill=float("nan")),
     }
+
+
+def key_hash(key: str) -> bytes:
+    """blake2b-128 of a WebDataset key's bytes as they stand in the tar, also where those are not UTF-8."""
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
 def teacher_status(teacher: str, rows: int) -> ArraySpec:

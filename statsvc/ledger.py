@@ -6,7 +6,8 @@ Suffix: none; commits hold no arrays.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from statsvc.backends import Backend
@@ -14,6 +15,9 @@ from statsvc.canonical import canonical_json
 from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.layout import commit_folder, commit_path
+
+
+COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
 class ObjectRecord(NamedTuple):
@@ -71,25 +75,49 @@ class Commit:
         content = {name: value for name, value in asdict(self).items() if value is not None}
         content["objects"] = [record._asdict() for record in self.objects]
         content["failed"] = [failure._asdict() for failure in self.failed]
-        return canonical_json({**content, "crc32c": crc32c_hex(crc32c(canonical_json(content)))})
+        return seal(content)
 
     @classmethod
     def from_bytes(cls, path: str, data: bytes) -> Commit:
-        """Raises DamagedObject unless the commit is the one that was written there."""
+        """Raises DamagedObject unless the commit is the one that was written there; fields it does not know are left."""
+        content = unseal(path, data)
         try:
-            content = json.loads(data)
-            expected = content.pop("crc32c")
-            if crc32c_hex(crc32c(canonical_json(content))) != expected:
-                raise ValueError("its checksum does not match")
-            known = {field.name for field in fields(cls)}
-            content["objects"] = tuple(ObjectRecord(**record) for record in content["objects"])
-            content["failed"] = tuple(Failure(**failure) for failure in content["failed"])
-            commit = cls(**{name: value for name, value in content.items() if name in known})
-            if commit.path != path:
-                raise ValueError(f"it belongs at {commit.path}")
-        except Exception as error:  # whatever the bytes are, they are not our commit
-            raise DamagedObject(f"{path}: not a valid commit ({error}); remove it and run the plan again") from error
+            content["objects"] = tuple(ObjectRecord(**_known(ObjectRecord, record)) for record in content["objects"])
+            content["failed"] = tuple(Failure(**_known(Failure, failure)) for failure in content["failed"])
+            commit = cls(**_known(cls, content))
+        except (KeyError, TypeError) as error:
+            raise _invalid(path, error) from error
+        if commit.path != path:
+            raise _invalid(path, f"it belongs at {commit.path}")
         return commit
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Canonical JSON with a crc32c of itself."""
+    return canonical_json({**content, "crc32c": crc32c_hex(crc32c(canonical_json(content)))})
+
+
+def unseal(path: str, data: bytes) -> dict[str, Any]:
+    """What was sealed. Raises DamagedObject for any other bytes, also those that mean the same."""
+    try:
+        content: dict[str, Any] = json.loads(data)
+        del content["crc32c"]
+        if seal(content) != data:
+            raise ValueError("its checksum does not match")
+    except Exception as error:  # whatever the bytes are, they are not ours
+        raise _invalid(path, error) from error
+    return content
+
+
+def _known(record: type[Any], content: dict[str, Any]) -> dict[str, Any]:
+    names = record.__annotations__
+    return {name: value for name, value in content.items() if name in names}
+
+
+def _invalid(path: str, why: object) -> DamagedObject:
+    return DamagedObject(
+        f"{path}: not as it was written ({why}); `statsvc verify --repair` removes it, and the next run restores it"
+    )
 
 
 class Ledger:
@@ -102,7 +130,7 @@ class Ledger:
     def shards(self, phase: str, teacher: str | None = None, set_: str | None = None) -> list[int]:
         """The dataset shards that have a commit, in order."""
         names = self._backend.list(commit_folder(phase, teacher, set_))
-        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+        return sorted(int(name[:-5]) for name in names if COMMIT_NAME.fullmatch(name))
 
     def read(self, phase: str, shard: int, teacher: str | None = None, set_: str | None = None) -> Commit | None:
         """One commit, or None where that unit was not done."""
@@ -121,13 +149,15 @@ class Ledger:
         self._read[commit.path] = commit
 
 
-def attributes(backend: Backend, path: str) -> dict[str, Any]:
+def attributes(backend: Backend, path: str, *required: str) -> dict[str, Any]:
     """The attributes of the Zarr group or array at a path (\"\" is the root). Raises DamagedObject."""
     name = f"{path}/zarr.json".lstrip("/")
     try:
         found: dict[str, Any] = json.loads(backend.read(name))["attributes"]
+        if missing := set(required) - found.keys():
+            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError as error:
         raise DamagedObject(f"{name}: missing; run the plan again") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedObject(f"{name}: not Zarr metadata ({error}); remove it and run the plan again") from error
     return found

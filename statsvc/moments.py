@@ -81,9 +81,9 @@ class MomentsStream(Generic[Array]):
 
     Each block is centred near its own mean, multiplied in the batch's precision (float32, or float64 for
     float64 input) and added up in float64; the block means are combined at the end by the many-set form of Chan's
-    update, which is a product of two small matrices instead of one D x D outer product per block. Measured
-    against two-pass float64: relative variance error at most 1e-6, also for mean/std of 1e5.
-    Nothing here waits for a device until `moments`.
+    update, which is a product of two small matrices instead of one D x D outer product per block. The variances are
+    summed once more beside the product, more exactly. Measured against two-pass float64: relative variance error at
+    most 4e-7, also for mean/std of 1e5. Nothing here waits for a device until `moments`.
     """
 
     def __init__(self, dim: int) -> None:
@@ -94,6 +94,7 @@ class MomentsStream(Generic[Array]):
         self._block_counts: list[int] = []
         self._means: list[Array] = []
         self._residuals: list[Array] = []
+        self._squares: list[Array] = []
         self._products_DD: Array | None = None
 
     def add(self, x_ND: Array) -> None:
@@ -106,6 +107,7 @@ class MomentsStream(Generic[Array]):
         if self._waiting_count >= BLOCK:
             self._take_blocks(BLOCK)
 
+    @np.errstate(over="ignore", invalid="ignore")  # refused below
     def moments(self) -> Moments[Array]:
         """The moments of everything added. Raises NonFinite if any of it was NaN, infinite or overflowed."""
         self._take_blocks(1)
@@ -115,13 +117,16 @@ class MomentsStream(Generic[Array]):
         xp = array_namespace(self._products_DD)
         count_B1 = xp.asarray(self._block_counts, dtype=xp.float64, device=device(self._products_DD))[:, None]
         mean_BD, residual_BD = xp.stack(self._means), xp.stack(self._residuals)
-        mean_D = xp.sum(count_B1 * mean_BD, axis=0) / self.count
+        # From the first block's mean, so that the mean of a constant is that constant, and its variance zero.
+        mean_D = mean_BD[0] + xp.sum(count_B1 * (mean_BD - mean_BD[0]), axis=0) / self.count
         between_BD = mean_BD - mean_D
-        scatter_DD = xp.triu(self._products_DD)
-        scatter_DD = scatter_DD + xp.triu(self._products_DD, k=1).T
-        scatter_DD = scatter_DD + between_BD.T @ (count_B1 * between_BD) - residual_BD.T @ (count_B1 * residual_BD)
-        bad_D = ~(xp.isfinite(mean_D) & xp.all(xp.isfinite(scatter_DD), axis=0))
-        if bool(xp.any(bad_D)):
+        diagonal_DD = xp.eye(self.dim, dtype=xp.bool, device=device(mean_D))
+        scatter_DD = xp.where(diagonal_DD, xp.sum(xp.stack(self._squares), axis=0), self._products_DD)
+        scatter_DD += between_BD.T @ (count_B1 * between_BD) - residual_BD.T @ (count_B1 * residual_BD)
+        scatter_DD = xp.triu(scatter_DD) + xp.triu(scatter_DD, k=1).T
+        if not bool(xp.all(xp.isfinite(scatter_DD)) & xp.all(xp.isfinite(mean_D))):
+            # A bad channel spoils its products with all others: only the one with itself tells which it is.
+            bad_D = ~xp.isfinite(mean_D + xp.linalg.diagonal(self._products_DD))
             channels = [int(c) for c in xp.nonzero(bad_D)[0][:5]]
             raise NonFinite(
                 f"features must be finite; NaN, infinity or overflow in channels {channels}: drop those rows first"
@@ -140,33 +145,37 @@ class MomentsStream(Generic[Array]):
             start = min(start + BLOCK, x_ND.shape[0])
         self._waiting, self._waiting_count = [x_ND[start:]], x_ND.shape[0] - start
 
+    @np.errstate(over="ignore", invalid="ignore")  # refused by `moments`
     def _add_block(self, x_ND: Array, xp: Any) -> None:
         if x_ND.dtype not in (xp.float32, xp.float64):
             x_ND = xp.astype(x_ND, xp.float64 if xp.isdtype(x_ND.dtype, "integral") else xp.float32)
         # First near zero, by the first row, then centred: float32 rounds the mean of large numbers to a coarse
         # grid, and products of numbers on a grid round in one direction (measured: 9 times the error).
         centred_ND = x_ND - x_ND[0]
-        shift_D = xp.astype(_column_means(centred_ND, xp), x_ND.dtype)
+        count = x_ND.shape[0]
+        shift_D = xp.astype(_column_sums(centred_ND, 64, xp) / count, x_ND.dtype)
         centred_ND -= shift_D
-        residual_D = _column_means(centred_ND, xp)  # what rounding kept out of the shift
+        residual_D = _column_sums(centred_ND, 64, xp) / count  # what rounding kept out of the shift
         if self._products_DD is None:
             self._products_DD = xp.zeros((self.dim, self.dim), dtype=xp.float64, device=device(x_ND))
         width = -(-self.dim // PANELS)
         for left in range(0, self.dim, width):
             right = min(left + width, self.dim)
             self._products_DD[:right, left:right] += centred_ND[:, :right].T @ centred_ND[:, left:right]
-        self._block_counts.append(x_ND.shape[0])
+        # Squares all round in one direction where a channel takes few values, as the zeros of a ReLU, and a product
+        # adds them up over hundreds of rows (measured: 6e-6 of the variance). Runs of 16 err by 5e-7 at the very most.
+        self._squares.append(_column_sums(centred_ND * centred_ND, 16, xp))
+        self._block_counts.append(count)
         self._means.append(xp.astype(x_ND[0], xp.float64) + xp.astype(shift_D, xp.float64) + residual_D)
         self._residuals.append(residual_D)
 
 
-def _column_means(x_ND: Any, xp: Any) -> Any:
-    """[D] float64. Runs of 64 rows are summed in the input's precision, which is fast, the rest in float64."""
+def _column_sums(x_ND: Any, run: int, xp: Any) -> Any:
+    """[D] float64. Runs of that many rows are summed in the input's precision, which is fast, the rest in float64."""
     count, dim = x_ND.shape
-    whole = count - count % 64
-    runs_RD = xp.sum(xp.reshape(x_ND[:whole], (-1, 64, dim)), axis=1)
-    total_D = xp.sum(runs_RD, axis=0, dtype=xp.float64) + xp.sum(x_ND[whole:], axis=0, dtype=xp.float64)
-    return total_D / count
+    whole = count - count % run
+    runs_RD = xp.sum(xp.reshape(x_ND[:whole], (-1, run, dim)), axis=1)
+    return xp.sum(runs_RD, axis=0, dtype=xp.float64) + xp.sum(x_ND[whole:], axis=0, dtype=xp.float64)
 
 
 def pack(scatter_DD: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from statsvc.codec import CODECS
+from statsvc.document import read_document, show
 from statsvc.errors import PlanError
 from statsvc.normalizations import METHODS
 
@@ -27,16 +27,19 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # What pydantic calls the rules that a plan can break, in the words of a plan.
 RULES = {
     "int_type": "a whole number",
-    "string_type": "text",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text (in quotes where YAML reads something else)",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
-    "too_short": "a list with at least one entry",
+    "too_short": "at least one entry",
     "string_too_short": "a name",
 }
-# The last part of the place of a mistake, where a value may be of several types.
-UNION_MEMBERS = ("int", "constrained-int", "literal['all']", "literal['auto']", "[key]")
+# The last part of the place of a mistake, where a value may be of several types; what cannot be such a mistake.
+UNION_MEMBERS = ("int", "float", "str", "bool", "constrained-int", "literal['all']", "literal['auto']", "[key]")
+OF_SECTIONS = ("extra_forbidden", "missing", "model_type")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
@@ -45,9 +48,9 @@ def one_of(table: Any) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not one of {', '.join(table)}")
+            raise ValueError(f"{show(value)} is not one of {', '.join(table)}")
         if value not in table:
-            raise ValueError(f"{value!r} is not one of {', '.join(table)}{nearest(value, table)}")
+            raise ValueError(f"{show(value)} is not one of {', '.join(table)}{nearest(value, table)}")
         return value
 
     return BeforeValidator(check)
@@ -62,7 +65,7 @@ def nearest(word: str, valid: Any) -> str:
 class Section(BaseModel):
     """Strict: an unknown key or a value of another type is refused, never guessed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -109,7 +112,9 @@ class Teacher(Section):
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _triple(cls, value: Any) -> Any:
-        return tuple(float(v) for v in value) if isinstance(value, list) and len(value) == 3 else value
+        if value is not None and not (isinstance(value, list | tuple) and len(value) == 3):
+            raise ValueError(f"{show(value)} is not a list of three numbers, for red, green and blue")
+        return tuple(value) if isinstance(value, list) else value
 
 
 class Statistics(Section):
@@ -152,18 +157,13 @@ class Plan(Section):
     def _names(cls, value: dict[str, Teacher]) -> dict[str, Teacher]:
         for name in value:
             if not NAME.fullmatch(name):
-                raise ValueError(f"the name {name!r} must be 1 to 64 of a-z, 0-9, _, -, and begin with a-z or 0-9")
+                raise ValueError(f"the name {show(name)} must be 1 to 64 of a-z, 0-9, _, -, and begin with a-z or 0-9")
         return value
 
 
 def read_plan(path: Path) -> Plan:
     """The plan in a YAML file. Raises PlanError with one sentence per mistake: key, value, rule, way out."""
-    try:
-        document = yaml.load(path.read_text("utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    document = read_document(path)
     if not isinstance(document, dict):
         raise PlanError(f"{path}: a plan is a mapping with the keys {', '.join(Plan.model_fields)}")
     try:
@@ -178,7 +178,7 @@ def _sentences(error: ValidationError) -> list[str]:
     misspelt: set[str] = set()
     for mistake in error.errors():
         keys, value = [str(part) for part in mistake["loc"]], mistake["input"]
-        if keys[-1] in UNION_MEMBERS:
+        if keys[-1] in UNION_MEMBERS and mistake["type"] not in OF_SECTIONS:
             keys.pop()
         key = ".".join(keys)
         match mistake["type"]:
@@ -186,7 +186,7 @@ def _sentences(error: ValidationError) -> list[str]:
                 valid = _valid_keys(keys[:-1])
                 misspelt.update(difflib.get_close_matches(keys[-1], valid, n=1))
                 rules[f"unknown key {key}"] = [
-                    f"{value!r}; the keys here are {', '.join(valid)}{nearest(keys[-1], valid)}"
+                    f"{show(value)}; the keys here are {', '.join(valid)}{nearest(keys[-1], valid)}"
                 ]
             case "missing":
                 rules[f"missing key {key}"] = ["add it"]
@@ -194,7 +194,7 @@ def _sentences(error: ValidationError) -> list[str]:
                 rules[key] = [f"{mistake['ctx']['error']}"]
             case _:
                 rule = RULES.get(mistake["type"], mistake["msg"].removeprefix("Input should be "))
-                rules[key] = [*rules[key], rule] if key in rules else [f"{value!r} is wrong; it must be {rule}"]
+                rules[key] = [*rules[key], rule] if key in rules else [f"{show(value)} is wrong; it must be {rule}"]
     return [
         f"{key}: {' or '.join(parts)}"
         for key, parts in rules.items()
@@ -209,23 +209,3 @@ def _valid_keys(section: list[str]) -> list[str]:
         "statistics": Statistics, "targets": Targets, "engine": Engine,
     }  # fmt: skip
     return list(models[section[0] if section else ""].model_fields)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML would silently keep the last one."""
-
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in mapping:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands here twice; remove or rename one of them",
-                problem_mark=key_node.start_mark,
-            )
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -38,6 +38,8 @@ def principal_axes(covariance_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise TransformError(f"a covariance is a square matrix [D, D]; got shape {covariance_DD.shape}")
     if not np.isfinite(covariance_DD).all():
         raise TransformError("a covariance must be finite; it holds NaN or infinity: take the moments again")
+    if not (np.abs(covariance_DD - covariance_DD.T) <= 1e-8 * np.abs(covariance_DD).max(initial=0)).all():
+        raise TransformError("a covariance is symmetric; this matrix is not: unpack its upper triangle first")
     with threadpool_limits(1):
         values_D, vectors_DD = np.linalg.eigh(covariance_DD)
     return values_D[::-1], non_negative_diagonal(vectors_DD[:, ::-1].T).T

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statsvc.checksum import CRC_NBYTES, SEALED, combine, crc32c, crc32c_hex
-from statsvc.errors import AbsentRow, DamagedObject, StoreError
+from statsvc.errors import AbsentRow, DamagedObject, WrongRows
 
 NO_CHUNK = 2**64 - 1
 IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -32,10 +32,6 @@ FLUSH_NBYTES = 8 << 20  # how often the kernel is asked to start writing to disk
 
 Rows = Sequence[int] | NDArray[np.integer[Any]]
 Buffer = bytes | bytearray | memoryview | mmap.mmap
-
-
-class WrongRows(StoreError, ValueError):
-    """The caller's rows or array do not fit the shard; none of them was written or read."""
 
 
 def index_nbytes(rows: int) -> int:

@@ -5,7 +5,6 @@ Suffixes: N = rows asked for, T = tokens, k = channels of a target, D = channels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from statsvc.codec import codec
 from statsvc.errors import AbsentRow, NotFound
 from statsvc.layout import cache_arrays, transform_path
 from statsvc.ledger import attributes
+from statsvc.shardfile import Rows
 from statsvc.transform import Transform
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class Targets:
         present = [np.flatnonzero(self._shard(shard)["present"]) + shard * per_shard for shard in shards]
         return np.concatenate(present) if present else np.zeros(0, np.int64)
 
-    def read(self, rows: Sequence[int], space: str = "normalized") -> np.ndarray:
+    def read(self, rows: Rows, space: str = "normalized") -> np.ndarray:
         """float32 [N, T, k] targets, or [N, T, D] features with space=\"teacher\". Raises AbsentRow, never zeros."""
         if space not in ("normalized", "teacher"):
             raise NotFound(f"no space {space!r}; there are normalized, teacher")
         y_NTk: np.ndarray = codec(self.dtype).decode(self.read_stored(rows))
         return y_NTk if space == "normalized" else self.transform.invert(y_NTk)
 
-    def read_stored(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    def read_stored(self, rows: Rows) -> dict[str, np.ndarray]:
         """The arrays of the codec as stored, by name: codes int8 [N, T, k] and scales float32 [N, T], or values."""
         stored = {}
         for part in codec(self.dtype).arrays:

@@ -20,6 +20,7 @@ from statsvc.canonical import canonical_json, little_endian, sha256
 from statsvc.errors import DamagedObject, TransformError
 
 TENSORS = ("mean", "matrix", "inverse")
+VERSION = version("statsvc")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Transform:
     """y = (x - mean) @ matrix.T and back: x = y @ inverse.T + mean.
 
     mean [D], matrix [k, D], inverse [D, k], all float64; matrix @ inverse is the identity, checked here.
-    alpha is the one scalar gain of the isotropic methods (1 / sigma_g, 1 / phi) and None for the others.
+    alpha is the one scalar gain of the isotropic methods (1 / sigma_g, 1 / phi), checked too, and None for the others.
     hadamard names the construction of the Hadamard matrix in it, if there is one: another construction
     gives other, equally valid targets. output, fingerprint and moments_digest say what it was fitted on.
 
@@ -45,8 +46,11 @@ class Transform:
     output: str = ""
     fingerprint: str = ""
     moments_digest: str = ""
+    statsvc_version: str = VERSION
 
     def __post_init__(self) -> None:
+        if any(getattr(self, name).dtype != np.float64 for name in TENSORS):
+            raise TransformError(f"{self.method}: mean, matrix and inverse are float64, so that digests agree")
         k, dim = self.matrix.shape
         if self.mean.shape != (dim,) or self.inverse.shape != (dim, k):
             raise TransformError(
@@ -58,6 +62,10 @@ class Transform:
         error = np.abs(self.matrix @ (self.inverse @ probe_k8) - probe_k8).max()
         if not error < 1e-8 or not np.isfinite(self.mean).all():  # written this way so that NaN fails too
             raise TransformError(f"{self.method}: matrix and inverse disagree, max |M M^-1 v - v| = {error:.3g}")
+        if self.alpha is not None:
+            error = np.abs(self.matrix - self.alpha**2 * self.inverse.T).max()
+            if not error <= 1e-12 * self.alpha:
+                raise TransformError(f"{self.method}: {self.alpha} is not the gain of the matrix, off by {error:.3g}")
 
     @property
     def rank(self) -> int:
@@ -80,11 +88,13 @@ class Transform:
     def apply(self, x: Any) -> Any:
         """Features [..., D] to targets [..., k], in the library, precision and device of `x`."""
         mean_D, matrix_kD = self.arrays_like(x)[:2]
+        _check_width(x, len(self.mean))
         return (x - mean_D) @ matrix_kD.T
 
     def invert(self, y: Any) -> Any:
         """Targets [..., k] to features [..., D], in the library, precision and device of `y`."""
         mean_D, _, inverse_Dk = self.arrays_like(y)
+        _check_width(y, self.rank)
         return y @ inverse_Dk.T + mean_D
 
     def arrays_like(self, x: Any) -> tuple[Any, Any, Any]:
@@ -103,20 +113,7 @@ class Transform:
         Written here because the safetensors library orders metadata at random, and equal transforms must give
         equal files. Layout: u64 length of a JSON header, the header, the tensors.
         """
-        metadata = {
-            "method": self.method,
-            "output": self.output,
-            "digest": self.digest,
-            "count": str(self.count),
-            "alpha": "" if self.alpha is None else repr(self.alpha),
-            "rank": str(self.rank),
-            "rotation": self.rotation,
-            "hadamard": self.hadamard,
-            "fingerprint": self.fingerprint,
-            "moments_digest": self.moments_digest,
-            "statsvc_version": version("statsvc"),
-        }
-        header: dict[str, Any] = {"__metadata__": metadata}
+        header: dict[str, Any] = {"__metadata__": self._metadata()}
         offset = 0
         for name in TENSORS:
             array = getattr(self, name)
@@ -146,12 +143,37 @@ class Transform:
                 output=metadata["output"],
                 fingerprint=metadata["fingerprint"],
                 moments_digest=metadata["moments_digest"],
+                statsvc_version=metadata["statsvc_version"],
             )
+            if wrong := [key for key, value in transform._metadata().items() if metadata[key] != value]:
+                raise ValueError(f"its {wrong[0]} is {metadata[wrong[0]]!r}")
         except Exception as error:  # whatever the bytes are, it is not our file
             raise DamagedObject(f"transform {digest}: not a transform artifact ({error}); restore the file") from error
-        if transform.digest != digest or metadata["digest"] != digest:
+        if transform.digest != digest:
             raise DamagedObject(
                 f"transform {digest}: its contents have digest {transform.digest}; targets must not be mixed with it: "
                 "restore the file"
             )
         return transform
+
+    def _metadata(self) -> dict[str, str]:
+        """What the artifact says beside its tensors."""
+        return {
+            "method": self.method,
+            "output": self.output,
+            "digest": self.digest,
+            "count": str(self.count),
+            "alpha": "" if self.alpha is None else repr(float(self.alpha)),
+            "rank": str(self.rank),
+            "rotation": self.rotation,
+            "hadamard": self.hadamard,
+            "fingerprint": self.fingerprint,
+            "moments_digest": self.moments_digest,
+            "statsvc_version": self.statsvc_version,
+        }
+
+
+def _check_width(x: Any, width: int) -> None:
+    # A last axis of 1 would be broadcast, not refused.
+    if x.shape[-1:] != (width,):
+        raise TransformError(f"this transform takes [..., {width}]; got shape {tuple(x.shape)}")

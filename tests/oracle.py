@@ -21,11 +21,12 @@ from transformers import AutoModel
 store, checkpoints, tars = map(Path, sys.argv[1:])
 FOLDERS = {"dino": "dinov2", "siglip": "siglip"}
 root: Any = zarr.open_group(store, mode="r")
-photographs = [
-    (shard * root.attrs["rows_per_shard"] + position, tarfile.open(tar).extractfile(name).read())  # type: ignore[union-attr]
-    for shard, tar in enumerate(sorted(tars.glob("*.tar")))
-    for position, name in enumerate(n for n in tarfile.open(tar).getnames() if n.endswith("jpg"))
-]
+photographs: list[tuple[int, bytes]] = []
+for shard, tar in enumerate(sorted(tars.glob("*.tar"))):
+    with tarfile.open(tar) as members:
+        jpegs = [members.extractfile(member) for member in members if member.name.endswith(".jpg")]
+        first = shard * root.attrs["rows_per_shard"]
+        photographs += [(first + position, jpeg.read()) for position, jpeg in enumerate(jpegs) if jpeg]
 rng = np.random.default_rng(7)
 for teacher, folder in FOLDERS.items():
     about = root[f"teachers/{teacher}"].attrs
@@ -46,7 +47,9 @@ for teacher, folder in FOLDERS.items():
             target = stored[row].astype(np.float64)
             if "scales" in arrays:
                 target *= arrays["scales"][row][:, None]
-            with safe_open(store / ".statsvc/transforms" / f"{stored.attrs['transform']}.safetensors", "np") as artifact:
+            with safe_open(
+                store / ".statsvc/transforms" / f"{stored.attrs['transform']}.safetensors", "np"
+            ) as artifact:
                 mean, inverse = artifact.get_tensor("mean"), artifact.get_tensor("inverse")
             error = target @ inverse.T + mean - features.numpy()
             signal = ((features.numpy() - mean) ** 2).sum() / (error**2).sum()

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-TINY_DINO = {
+TINY_DINO: dict[str, Any] = {
     "source": "random-vit",
     "model": "dinov2",
     "size": 56,
@@ -21,7 +21,7 @@ TINY_DINO = {
         "scale": 50.0,
     },
 }
-TINY_SIGLIP = {
+TINY_SIGLIP: dict[str, Any] = {
     "source": "random-vit",
     "model": "siglip_vision_model",
     "size": 64,
@@ -36,6 +36,11 @@ TINY_SIGLIP = {
         "scale": 0.5,
     },
 }
+
+
+def tiny_dino(**options: Any) -> dict[str, Any]:
+    """The tiny teacher with other fields in its config."""
+    return {**TINY_DINO, "options": {**TINY_DINO["options"], **options}}
 
 
 def plan_document(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -367,4 +367,4 @@ def test_decoder_processes_load_neither_torch_nor_webdataset() -> None:
 
 
 def test_the_probe_itself_can_fail() -> None:
-    assert "webdataset" in loaded_by("workers.shards")
+    assert "webdataset" in loaded_by("webdataset")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import zarr
 
 import statsvc
 from statsvc.backends import backend
-from tests.plans import TINY_DINO, TINY_SIGLIP, plan_document, write_plan
+from tests.plans import TINY_DINO, TINY_SIGLIP, plan_document, tiny_dino, write_plan
 from workers.demo import write_shard
 from workers.lease import Lease
 
@@ -97,9 +96,7 @@ class TestAFinishedRun:
             # here its covariance with them has a deviation of 2 sqrt(6e-5 / 416) = 8e-4; five of those.
             np.testing.assert_allclose(y_Nk.var(axis=0, ddof=1), 1, atol=4e-3)
 
-    def test_a_second_run_says_that_there_is_nothing_to_do_and_touches_nothing(
-        self, finished: Path
-    ) -> None:
+    def test_a_second_run_says_that_there_is_nothing_to_do_and_touches_nothing(self, finished: Path) -> None:
         plan = write_plan(finished, plan_document(finished))
         before = {path: path.stat().st_mtime_ns for path in (finished / "store").rglob("*")}
         again = statsvc_command("run", plan)
@@ -228,7 +225,7 @@ class TestWrongPlans:
             ("dinov22",),
         ),
         "a width without a Hadamard matrix": (
-            {"teachers": {"dino": {**TINY_DINO, "options": {**TINY_DINO["options"], "hidden_size": 36 + 1, "num_attention_heads": 1}}}},
+            {"teachers": {"dino": tiny_dino(hidden_size=37, num_attention_heads=1)}},
             ("normalize", "37", "standardize"),
         ),
     }  # fmt: skip
@@ -312,8 +309,7 @@ class TestGrowing:
 
 
 def is_array(folder: Path, path: str) -> bool:
-    document: dict[str, Any] = json.loads((folder / "store" / path).read_text())
-    return document["node_type"] == "array"
+    return bool(json.loads((folder / "store" / path).read_text())["node_type"] == "array")
 
 
 class TestBadDatasetShards:
@@ -356,7 +352,7 @@ class TestOneDriverAtATime:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders as `save_pretrained` leaves them, with a preprocessor file for one of two."""
     import torch
     from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
@@ -368,13 +364,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ).save_pretrained(folder / "dinov2")
     SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=16,
         )
     ).save_pretrained(folder / "siglip")
     (folder / "siglip" / "preprocessor_config.json").write_text(
-        json.dumps({"size": {"height": 64, "width": 64}, "resample": 2, "image_mean": [0.4] * 3, "image_std": [0.3] * 3})
+        json.dumps(
+            {"size": {"height": 64, "width": 64}, "resample": 2, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+        )
     )
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("phi-s", "int8"), ("standardize", "float16")])
@@ -390,7 +393,13 @@ def test_plain_zarr_safetensors_and_transformers_reproduce_the_features_at_40_de
     ran = statsvc_command("run", write_plan(workspace, plan_document(workspace, **changes)))
     assert ran.returncode == 0, ran.stderr
     oracle = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("oracle.py")), workspace / "store", checkpoints, workspace / "photos"],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("oracle.py")),
+            workspace / "store",
+            checkpoints,
+            workspace / "photos",
+        ],
         capture_output=True,
         text=True,
     )

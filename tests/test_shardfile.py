@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from statsvc.checksum import crc32c
-from statsvc.errors import AbsentRow, DamagedObject
-from statsvc.shardfile import ShardFile, ShardWriter, WrongRows, decode_index, index_nbytes, open_shard
+from statsvc.errors import AbsentRow, DamagedObject, WrongRows
+from statsvc.shardfile import ShardFile, ShardWriter, decode_index, index_nbytes, open_shard
 
 ROWS, ROW_NBYTES = 4, 6
 PRESENT = [0, 1, 3]  # row 2 has no chunk

@@ -22,7 +22,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import workers.shards
 from statsvc.errors import UnreadableShard
-from workers.shards import Sample, ShardReader, ShardSummary, key_hash, read_samples
+from statsvc.layout import key_hash
+from workers.shards import Sample, ShardReader, ShardSummary, read_samples
 
 IMAGES = ("jpg", "png")
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -101,6 +101,7 @@ class Run:
                 fit_teacher(self._agenda.store, name, pilot)
                 self._check()
         self.cache()
+        self._backend.sweep()  # of workers that died and were replaced
 
     def index(self) -> None:
         """Number the dataset shards. Without rows_per_shard all new ones are read first, to learn what it must be."""

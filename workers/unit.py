@@ -17,13 +17,13 @@ import torch
 
 from statsvc.backends import Backend
 from statsvc.errors import ShardTooLarge
-from statsvc.layout import OK, UNDECODABLE
+from statsvc.layout import OK, UNDECODABLE, key_hash
 from statsvc.ledger import Failure, Ledger
 from workers.decode import Decoded, Resize
 from workers.decoders import Decoders
 from workers.index import index_shard, printable
 from workers.job import Unit
-from workers.shards import Sample, ShardReader, key_hash
+from workers.shards import Sample, ShardReader
 from workers.sinks import SINKS
 from workers.sinks.base import Account, Batch, SampleRows, Sink
 from workers.teacher import LoadedTeacher

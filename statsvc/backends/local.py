@@ -1,10 +1,13 @@
 """Objects as files below one folder."""
 
+import errno
 import fcntl
 import mmap
 import os
 import shutil
+import stat
 import uuid
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,24 +23,26 @@ class LocalBackend:
         self.root = Path(root)
 
     def read(self, path: str) -> bytes:
-        return self._file(path).read_bytes()
+        with self._open(path) as file:
+            return file.read()
 
     def view(self, path: str) -> memoryview:
-        with self._file(path).open("rb") as file:
+        with self._open(path) as file:
             if not os.fstat(file.fileno()).st_size:
                 return memoryview(b"")  # an empty file cannot be mapped
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def size(self, path: str) -> int | None:
         try:
-            return self._file(path).stat().st_size
+            found = self._file(path).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def list(self, folder: str) -> list[str]:
         try:
             return sorted(entry.name for entry in os.scandir(self._file(folder)) if PARTIAL not in entry.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def write(self, path: str, data: bytes) -> None:
@@ -49,15 +54,17 @@ class LocalBackend:
             upload.discard()
 
     def create(self, path: str) -> "LocalUpload":
-        return LocalUpload(self._file(path))
+        return LocalUpload(self._file(path or "."))  # the root is no object
 
     def remove(self, path: str) -> None:
-        self._file(path).unlink(missing_ok=True)
-        _fsync_folder(self._file(path).parent)
+        file = self._file(path)
+        if file.is_file():
+            file.unlink(missing_ok=True)
+            _fsync_folder(file.parent)
 
     def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
         target = self._file(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # released with the descriptor, also by a process that dies
@@ -88,8 +95,16 @@ class LocalBackend:
     def exists(self) -> bool:
         return (self.root / "zarr.json").is_file()
 
+    def _open(self, path: str) -> BinaryIO:
+        file = self._file(path)
+        try:
+            return file.open("rb")
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise FileNotFoundError(errno.ENOENT, "no object lies there", str(file)) from error
+
     def _file(self, path: str) -> Path:
-        if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
+        """The file of an object; "" is the root folder."""
+        if path and ("\\" in path or "\0" in path or {"", ".", ".."} & set(path.split("/"))):
             raise StoreError(f"a path of the store is relative and stays inside it; got {path!r}")
         return self.root / path
 
@@ -99,7 +114,7 @@ class LocalUpload:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         self._partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex}")
         self.file: BinaryIO = self._partial.open("w+b")
 
@@ -113,6 +128,14 @@ class LocalUpload:
     def discard(self) -> None:
         self.file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """With the folders above it, on disk when the call returns."""
+    missing = list(takewhile(lambda above: not above.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _fsync_folder(made.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

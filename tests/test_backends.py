@@ -1,0 +1,377 @@
+"""What every storage must do, whoever else reads or writes at the same time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from statsvc.backends import BACKENDS, Backend, backend
+from statsvc.errors import PlanError, StoreError
+
+OUTSIDE = ["..", "../x", "a/../../x", "a/..", "/tmp/x", "//x", "a\\b", "..\\x", "a\0b"]
+TWO_NAMES_FOR_ONE = [".", "./a", "a//b", "a/./b", "a/"]
+ABSENT = ["nothing", "a/b/nothing", "folder", "folder/object/below"]
+
+# Each script is given the location of the storage.
+WRITE_BLOCKS_OF_ONE_BYTE = """
+import sys, time
+from statsvc.backends import backend
+storage, end, number = backend(sys.argv[1]), time.monotonic() + 1.5, 0
+print("ready", flush=True)
+while time.monotonic() < end:
+    number = number % 250 + 1
+    upload = storage.create("object")
+    for _ in range(number):
+        upload.file.write(bytes([number]) * 4096)
+        upload.file.flush()
+    upload.publish()
+"""
+COUNT_UP = """
+import sys, threading
+from statsvc.backends import backend
+def count_up():
+    storage = backend(sys.argv[1])
+    for _ in range(20):
+        while not storage.swap("counter", now := storage.read("counter"), str(int(now) + 1).encode()):
+            pass
+threads = [threading.Thread(target=count_up) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+BEGIN_AND_WAIT = """
+import sys
+from statsvc.backends import backend
+upload = backend(sys.argv[1]).create("folder/object")
+upload.file.write(b"half of it")
+upload.file.flush()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def start(script: str, location: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", script, location], stdin=-1, stdout=-1, text=True)
+
+
+class BackendContract:
+    """Subclass it and give the `location` of a storage that holds nothing yet."""
+
+    @pytest.fixture
+    def location(self, tmp_path: Path) -> str:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def storage(self, location: str) -> Backend:
+        return backend(location)
+
+    @pytest.mark.parametrize("data", [b"", b"\0", b"some bytes", bytes(range(256)) * 5000], ids=len)
+    def test_what_is_written_is_read_back(self, storage: Backend, data: bytes) -> None:
+        storage.write("a/b/object", data)
+        assert storage.read("a/b/object") == data
+        assert bytes(storage.view("a/b/object")) == data
+        assert storage.size("a/b/object") == len(data)
+
+    def test_a_view_cannot_be_written_to(self, storage: Backend) -> None:
+        storage.write("object", b"1234")
+        assert storage.view("object").readonly
+
+    @pytest.mark.parametrize("second", [b"", b"longer than the first", b"2"])
+    def test_writing_again_replaces_the_whole_object_and_leaves_old_views_alone(
+        self, storage: Backend, second: bytes
+    ) -> None:
+        storage.write("object", b"the first")
+        view = storage.view("object")
+        storage.write("object", second)
+        assert storage.read("object") == second
+        assert bytes(view) == b"the first"
+
+    @pytest.mark.parametrize("path", ABSENT)
+    def test_where_no_object_is_there_is_nothing_to_read_and_nothing_to_remove(
+        self, storage: Backend, path: str
+    ) -> None:
+        storage.write("folder/object", b"1")
+        with pytest.raises(FileNotFoundError):
+            storage.read(path)
+        with pytest.raises(FileNotFoundError):
+            storage.view(path)
+        assert storage.size(path) is None
+        storage.remove(path)
+        assert storage.read("folder/object") == b"1"
+
+    def test_a_removed_object_is_gone_and_may_be_removed_again(self, storage: Backend) -> None:
+        storage.write("folder/object", b"1")
+        storage.write("folder/other", b"2")
+        storage.remove("folder/object")
+        storage.remove("folder/object")
+        assert storage.size("folder/object") is None
+        assert storage.list("folder") == ["other"]
+
+    def test_a_list_has_the_sorted_names_directly_below_a_folder(self, storage: Backend) -> None:
+        for path in ("b/2", "b/10", "b/deeper/still/1", "a", "c/1"):
+            storage.write(path, b"1")
+        assert storage.list("") == ["a", "b", "c"]
+        assert storage.list("b") == ["10", "2", "deeper"]
+        assert storage.list("b/deeper") == ["still"]
+
+    @pytest.mark.parametrize("folder", ["", "nothing", "a/b/nothing", "folder/object", "folder/object/below"])
+    def test_a_list_of_what_is_no_folder_is_empty(self, storage: Backend, folder: str) -> None:
+        if folder:
+            storage.write("folder/object", b"1")
+        assert storage.list(folder) == []
+
+    # --- whole or not at all ---
+
+    def test_a_streamed_object_is_visible_only_once_it_is_published(self, storage: Backend) -> None:
+        upload = storage.create("folder/object")
+        upload.file.write(b"1234")
+        upload.file.flush()
+        assert (storage.size("folder/object"), storage.list("folder")) == (None, [])
+        upload.publish()
+        assert (storage.read("folder/object"), storage.list("folder")) == (b"1234", ["object"])
+        upload.discard()
+        assert storage.read("folder/object") == b"1234"
+        assert storage.sweep() == 0
+
+    def test_what_is_written_through_the_descriptor_and_through_the_file_is_all_there(self, storage: Backend) -> None:
+        upload = storage.create("object")
+        os.pwrite(upload.file.fileno(), b"1234", 0)
+        upload.file.seek(4)
+        upload.file.write(b"5678")
+        upload.publish()
+        assert storage.read("object") == b"12345678"
+
+    def test_discarding_leaves_nothing(self, storage: Backend) -> None:
+        storage.write("folder/other", b"1")
+        upload = storage.create("folder/object")
+        upload.file.write(b"1234")
+        upload.discard()
+        upload.discard()
+        assert storage.list("folder") == ["other"]
+        assert storage.sweep() == 0
+
+    def test_discarding_leaves_the_object_that_was_to_be_replaced(self, storage: Backend) -> None:
+        storage.write("object", b"before")
+        upload = storage.create("object")
+        upload.file.write(b"1234")
+        assert storage.read("object") == b"before"
+        upload.discard()
+        assert storage.read("object") == b"before"
+
+    def test_of_two_streams_to_one_path_the_one_published_last_is_there_whole(self, storage: Backend) -> None:
+        first, second = storage.create("object"), storage.create("object")
+        first.file.write(b"1" * 100)
+        second.file.write(b"2" * 50)
+        second.publish()
+        first.publish()
+        assert storage.read("object") == b"1" * 100
+        assert storage.sweep() == 0
+
+    def test_a_reader_in_another_process_never_sees_part_of_an_object(self, location: str, storage: Backend) -> None:
+        seen = set()
+        with start(WRITE_BLOCKS_OF_ONE_BYTE, location) as writer:
+            assert writer.stdout
+            writer.stdout.readline()
+            while writer.poll() is None:
+                for read in (storage.read, storage.view):
+                    try:
+                        data = bytes(read("object"))
+                    except FileNotFoundError:
+                        continue
+                    assert data == data[:1] * (4096 * data[0])
+                    seen.add(data[0])
+                assert set(storage.list("")) <= {"object"}
+        assert writer.returncode == 0
+        assert len(seen) > 10  # the test did see objects come and go
+
+    def test_a_writer_that_is_killed_leaves_nothing_but_what_a_sweep_removes(
+        self, location: str, storage: Backend
+    ) -> None:
+        storage.write("folder/other", b"1")
+        with start(BEGIN_AND_WAIT, location) as writer:
+            assert writer.stdout
+            writer.stdout.readline()
+            writer.kill()
+        assert storage.list("folder") == ["other"]
+        assert storage.size("folder/object") is None
+        assert storage.sweep() == 1
+        assert storage.sweep() == 0
+        assert storage.read("folder/other") == b"1"
+
+    def test_a_sweep_of_nothing_finds_nothing(self, storage: Backend) -> None:
+        assert storage.sweep() == 0
+
+    # --- swap ---
+
+    @pytest.mark.parametrize("before", [None, b"", b"old"])
+    @pytest.mark.parametrize("expected", [None, b"", b"old", b"other"])
+    @pytest.mark.parametrize("data", [None, b"", b"new"])
+    def test_a_swap_replaces_only_what_is_expected(
+        self, storage: Backend, before: bytes | None, expected: bytes | None, data: bytes | None
+    ) -> None:
+        if before is not None:
+            storage.write("folder/object", before)
+        assert storage.swap("folder/object", expected, data) == (before == expected)
+        after = data if before == expected else before
+        if after is None:
+            assert storage.size("folder/object") is None
+        else:
+            assert storage.read("folder/object") == after
+        assert storage.sweep() == 0
+
+    def test_swaps_from_many_processes_and_threads_lose_no_step(self, location: str, storage: Backend) -> None:
+        storage.write("counter", b"0")
+        processes = [start(COUNT_UP, location) for _ in range(3)]
+        for process in processes:
+            process.communicate()
+            assert process.returncode == 0
+        assert storage.read("counter") == b"180"
+
+    def test_of_many_that_create_one_object_exactly_one_succeeds(self, storage: Backend) -> None:
+        won: list[int] = []
+        barrier = threading.Barrier(8)
+
+        def create(number: int) -> None:
+            barrier.wait()
+            if storage.swap("object", None, b"%d" % number):
+                won.append(number)
+
+        threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert storage.read("object") == b"%d" % won[0]
+
+    # --- paths ---
+
+    @pytest.mark.parametrize("path", OUTSIDE + TWO_NAMES_FOR_ONE)
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda storage, path: storage.read(path),
+            lambda storage, path: storage.view(path),
+            lambda storage, path: storage.size(path),
+            lambda storage, path: storage.list(path),
+            lambda storage, path: storage.write(path, b"1"),
+            lambda storage, path: storage.create(path),
+            lambda storage, path: storage.remove(path),
+            lambda storage, path: storage.swap(path, None, b"1"),
+        ],
+        ids=["read", "view", "size", "list", "write", "create", "remove", "swap"],
+    )
+    def test_a_path_that_leads_outside_is_refused(
+        self, storage: Backend, use: Callable[[Backend, str], Any], path: str
+    ) -> None:
+        with pytest.raises(StoreError, match="relative and stays inside") as refused:
+            use(storage, path)
+        assert repr(path) in str(refused.value)
+
+    def test_the_root_is_no_object(self, storage: Backend) -> None:
+        for _ in range(2):
+            with pytest.raises(StoreError, match="stays inside"):
+                storage.write("", b"1")
+            with pytest.raises(FileNotFoundError):
+                storage.read("")
+            assert storage.size("") is None
+            storage.write("object", b"1")
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(path=st.text(st.sampled_from("./\\a~$%*\0é"), max_size=8))
+    def test_no_path_ever_leads_outside(self, tmp_path: Path, location: str, storage: Backend, path: str) -> None:
+        try:
+            storage.write(path, b"1")
+        except (StoreError, OSError):
+            pass
+        else:
+            assert storage.read(path) == b"1"
+            storage.remove(path)
+        assert [name for name in os.listdir(tmp_path) if name != Path(location).name] == []  # noqa: PTH208
+
+    # --- the storage as a whole ---
+
+    def test_there_is_a_store_once_its_root_is_written(self, storage: Backend) -> None:
+        assert not storage.exists()
+        storage.write(".statsvc/run.json", b"{}")
+        assert not storage.exists()
+        storage.write("zarr.json", b"{}")
+        assert storage.exists()
+
+    def test_free_bytes_are_known_before_anything_was_written_or_there_is_no_limit(self, storage: Backend) -> None:
+        free = storage.free_bytes()
+        assert free is None or free > 0
+
+
+class TestLocalBackend(BackendContract):
+    @pytest.fixture
+    def location(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store")
+
+    def test_free_bytes_are_those_of_the_disk(self, storage: Backend, tmp_path: Path) -> None:
+        disk = os.statvfs(tmp_path)
+        free = storage.free_bytes()
+        assert free is not None
+        assert abs(free - disk.f_bavail * disk.f_frsize) < 1 << 30  # others write there too
+
+    def test_bytes_are_on_disk_before_their_name_and_the_name_before_the_call_returns(
+        self, location: str, storage: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[tuple[str, str]] = []
+        fsync, replace = os.fsync, os.replace
+
+        def note_fsync(descriptor: int) -> None:
+            steps.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))  # noqa: PTH115
+            fsync(descriptor)
+
+        def note_replace(source: Any, target: Any) -> None:
+            steps.append(("name", str(target)))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "fsync", note_fsync)
+        monkeypatch.setattr(os, "replace", note_replace)
+        storage.write("a/b/object", b"1")
+        named = steps.index(("name", f"{location}/a/b/object"))
+        assert [what for what, path in steps[:named] if path.startswith(f"{location}/a/b/object.partial-")] == ["fsync"]
+        assert steps[named + 1 :] == [("fsync", f"{location}/a/b")]
+        # The folders it had to make are entries of folders, too.
+        made = {("fsync", folder) for folder in (f"{location}/a", location, str(Path(location).parent))}
+        assert made <= set(steps[:named])
+        steps.clear()
+        storage.write("a/b/object", b"2")
+        assert len(steps) == 3
+
+    def test_an_object_whose_bytes_cannot_be_written_leaves_nothing(
+        self, storage: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space"):
+                storage.write("object", b"1")
+        assert storage.list("") == []
+        assert storage.sweep() == 0
+
+
+def test_a_location_names_its_kind_of_storage(tmp_path: Path) -> None:
+    for location in (str(tmp_path), f"file://{tmp_path}"):
+        backend(location).write("object", b"1")
+        assert (tmp_path / "object").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("location", ["ftp://host/store", "s4://bucket", "://x"])
+def test_an_unknown_kind_of_storage_is_refused_by_name(location: str) -> None:
+    with pytest.raises(PlanError, match="no storage is named") as refused:
+        backend(location)
+    assert location in str(refused.value)
+    assert "file" in BACKENDS
