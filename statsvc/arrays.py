@@ -61,11 +61,17 @@ def read_chunk(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) ->
         raise _damaged(
             record.path, f"{len(data)} bytes with crc32c {content}; {record.bytes}, {record.content_crc32c} due"
         )
-    return np.frombuffer(data[:-4], np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.rows, *spec.shape)
+    array = np.frombuffer(data[:-4], np.uint8)
+    if array.nbytes != spec.rows * spec.row_nbytes:
+        raise _damaged(record.path, f"{len(data)} bytes do not hold {spec.rows} rows of {spec.row_nbytes}")
+    return array.view(np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.rows, *spec.shape)
 
 
 def open_feature_shard(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) -> ShardFile:
-    """A feature shard whose index was checked; its rows are checked as they are read. Raises DamagedObject."""
+    """A feature shard that is the one committed, by the checksums stored in it. Raises DamagedObject.
+
+    Its rows are checked against those as they are read.
+    """
     record = _record(spec, shard, commit)
     try:
         buffer = backend.view(record.path)
@@ -73,8 +79,11 @@ def open_feature_shard(backend: Backend, spec: ArraySpec, shard: int, commit: Co
         raise _damaged(record.path, "missing") from error
     if len(buffer) != record.bytes:
         raise _damaged(record.path, f"{len(buffer)} bytes; {record.bytes} due")
-    row_nbytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-    return ShardFile(buffer, spec.rows, row_nbytes, record.path)
+    shard_file = ShardFile(buffer, spec.rows, spec.row_nbytes, record.path)
+    content = crc32c_hex(shard_file.content_crc32c)
+    if content != record.content_crc32c:
+        raise _damaged(record.path, f"a shard with other rows: contents {content}; {record.content_crc32c} due")
+    return shard_file
 
 
 def _record(spec: ArraySpec, shard: int, commit: Commit) -> Any:

@@ -25,8 +25,9 @@ def read_document(path: Path) -> Any:
     except _WrongKey as error:
         raise PlanError(f"{path}, {error}") from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(part for part in (getattr(error, "context", ""), getattr(error, "problem", "")) if part)
         raise PlanError(
             f"{path}{where}: {problem or ' '.join(str(error).split())}; YAML indents with spaces, not tabs, and wants "
             "quotes around text with : # { [ * & ! in it"
@@ -58,10 +59,8 @@ def _mapping(loader: _TextKeys, node: yaml.MappingNode) -> dict[str, Any]:
     for key_node, value_node in node.value:
         where = f"line {key_node.start_mark.line + 1}, column {key_node.start_mark.column + 1}"
         if key_node.tag != "tag:yaml.org,2002:str":
-            raise _WrongKey(
-                f"{where}: the key {key_node.value!r:.100} is not text to YAML; put it in quotes, or write out what "
-                "it stands for"
-            )
+            key = repr(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+            raise _WrongKey(f"{where}: {key} cannot be a key; put text in quotes, and write out what << would merge")
         key = loader.construct_object(key_node, deep=True)
         if key in mapping:
             raise _WrongKey(f"{where}: the key {key!r} stands here twice; remove or rename one of them")

@@ -5,10 +5,12 @@ teacher. zarr-python describes the arrays; their data is written by our own code
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
@@ -50,6 +52,11 @@ class ArraySpec:
     fill: Any = 0
     attributes: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one entry of the first axis, without checksum."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def object(self, shard: int) -> str:
         """Path of the object that holds one dataset shard's part."""
         return f"{self.path}/c/{shard}" + "/0" * len(self.shape)
@@ -64,7 +71,7 @@ class ArraySpec:
             dtype=self.dtype,
             chunks=(1, *self.shape) if self.sharded else whole,
             shards=whole if self.sharded else None,
-            serializer=BytesCodec(endian="little" if self.dtype[-1] not in "81" or self.dtype == "int8" else None),
+            serializer=BytesCodec(endian="little"),  # left out of the metadata where a number is one byte
             compressors=[Crc32cCodec()],
             filters=None,
             fill_value=self.fill,

@@ -127,7 +127,7 @@ class ShardWriter:
 
     def _checked_rows(self, rows_N: Rows) -> NDArray[np.int64]:
         self._refuse_if_finished()
-        rows, row_N = len(self._entry_R2), _integers(rows_N)
+        rows, row_N = len(self._entry_R2), row_numbers(rows_N)
         before_N = np.concatenate([[self._last_row], row_N[:-1]])[: len(row_N)]
         good_N = (row_N > before_N) & (row_N < rows)
         if not good_N.all():
@@ -213,7 +213,7 @@ class ShardFile:
 
         Raises AbsentRow or DamagedObject; out_NX may then be filled up to that row.
         """
-        row_N = _integers(rows_N)
+        row_N = row_numbers(rows_N)
         expected = (len(row_N), self._row_nbytes)
         if out_NX.shape != expected or out_NX.dtype != np.uint8:
             raise WrongRows(f"{len(row_N)} rows need uint8 {list(expected)}, not {out_NX.dtype} {list(out_NX.shape)}")
@@ -243,7 +243,8 @@ def open_shard(path: Path, rows: int, row_nbytes: int) -> ShardFile:
     return ShardFile(buffer, rows, row_nbytes, str(path))
 
 
-def _integers(rows_N: Rows) -> NDArray[np.int64]:
+def row_numbers(rows_N: Rows) -> NDArray[np.int64]:
+    """The rows as one array. Raises WrongRows for what would have to be rounded, or is no list."""
     row_N = np.asarray(rows_N)
     if row_N.ndim != 1 or (row_N.size and row_N.dtype.kind not in "iu"):
         raise WrongRows(f"rows are a list of integers, not {row_N.dtype} {list(row_N.shape)}")

@@ -5,7 +5,6 @@ Suffix: D = channels of a teacher.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -16,7 +15,7 @@ from statsvc.arrays import read_chunk
 from statsvc.backends import Backend, backend
 from statsvc.errors import DamagedObject, NotFound, StoreError
 from statsvc.layout import FORMAT, Output, fit_path, moments_arrays, report_path, sample_arrays, transform_path
-from statsvc.ledger import Ledger, attributes
+from statsvc.ledger import Ledger, attributes, unseal
 from statsvc.moments import Moments, unpack
 from statsvc.targets import Targets
 from statsvc.transform import Transform
@@ -39,7 +38,7 @@ class Store:
         about = attributes(backend, "")
         if about.get("format") != FORMAT:
             raise StoreError(f"this store has format {about.get('format')!r}, this statsvc reads {FORMAT!r}")
-        self.rows_per_shard: int = about["rows_per_shard"]
+        self.rows_per_shard: int = attributes(backend, "", "rows_per_shard")["rows_per_shard"]
 
     def teachers(self) -> list[str]:
         """Names of all teachers."""
@@ -51,6 +50,21 @@ class Store:
         if name not in self.teachers():
             raise NotFound(f"no teacher {name!r} in this store; there are {', '.join(self.teachers()) or 'none yet'}")
         return Teacher(self, name)
+
+    def transform(self, digest: str) -> Transform:
+        """The transform of that digest, whether or not it is a current fit. Raises DamagedObject."""
+        try:
+            artifact = self.backend.read(transform_path(digest))
+        except FileNotFoundError as error:
+            raise DamagedObject(f"{transform_path(digest)}: missing; `statsvc verify` says what needs it") from error
+        return Transform.from_bytes(artifact, digest)
+
+    def report(self, digest: str) -> dict[str, Any]:
+        """What is known about the fit of a transform. Raises DamagedObject."""
+        try:
+            return unseal(report_path(digest), self.backend.read(report_path(digest)))
+        except FileNotFoundError as error:
+            raise DamagedObject(f"{report_path(digest)}: missing; `statsvc verify` says what needs it") from error
 
     def key_hashes(self, shard: int) -> np.ndarray:
         """[rows_per_shard, 16] uint8: blake2b-128 of each sample's key, zero where there is none."""
@@ -65,7 +79,7 @@ class Teacher:
 
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
-        about = attributes(store.backend, f"teachers/{name}")
+        about = attributes(store.backend, f"teachers/{name}", "fingerprint", "preprocessing", "outputs")
         self.fingerprint: str = about["fingerprint"]
         self.preprocessing: dict[str, Any] = about["preprocessing"]
         self.outputs = {
@@ -90,12 +104,11 @@ class Teacher:
         return self.outputs[name]
 
     def fits(self) -> dict[str, dict[str, Any]]:
-        """{output: {method: digest | {"refused": reason}}}; empty before the fit."""
+        """{output: {method: digest | {"refused": reason}}}; empty before the fit. Raises DamagedObject."""
         try:
-            fits: dict[str, dict[str, Any]] = json.loads(self.store.backend.read(fit_path(self.name)))
+            return unseal(fit_path(self.name), self.store.backend.read(fit_path(self.name)))
         except FileNotFoundError:
             return {}
-        return fits
 
     def transform(self, method: str, output: str = "patches") -> Transform:
         """The fitted transform. Raises NotFound with the reason where there is none."""
@@ -106,17 +119,13 @@ class Teacher:
             raise NotFound(f"teacher {self.name} has no fitted {method!r} for {output}; there are {there}")
         if isinstance(found, dict):
             raise NotFound(f"{method} was refused for {self.name} {output}: {found['refused']}")
-        try:
-            artifact = self.store.backend.read(transform_path(found))
-        except FileNotFoundError as error:
-            raise DamagedObject(f"{transform_path(found)}: missing, but the fit commit names it") from error
-        return Transform.from_bytes(artifact, found)
+        return self.store.transform(found)
 
     def report(self) -> dict[str, Any]:
         """{output: {method: what is known about that fit}}."""
         return {
             output: {
-                method: json.loads(self.store.backend.read(report_path(digest)))
+                method: self.store.report(digest)
                 for method, digest in methods.items()
                 if isinstance(digest, str)
             }

@@ -13,10 +13,10 @@ import numpy as np
 
 from statsvc.arrays import open_feature_shard, read_chunk
 from statsvc.codec import codec
-from statsvc.errors import AbsentRow, NotFound
-from statsvc.layout import cache_arrays, transform_path
+from statsvc.errors import AbsentRow, DamagedObject, NotFound
+from statsvc.layout import cache_arrays
 from statsvc.ledger import attributes
-from statsvc.shardfile import Rows
+from statsvc.shardfile import Rows, row_numbers
 from statsvc.transform import Transform
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Targets:
         self.teacher, self.output, self.set = teacher, output, set_
         self._store = teacher.store
         folder = f"teachers/{teacher.name}/cache/{set_}/{output}"
-        array = next(name for name in self._store.backend.list(folder) if name in ("codes", "values"))
-        about = attributes(self._store.backend, f"{folder}/{array}")
-        self.dtype: str = about["dtype"]
+        self.dtype = set_.rpartition("-")[2]
+        array = next(part.name for part in codec(self.dtype).arrays if part.sharded)
+        about = attributes(self._store.backend, f"{folder}/{array}", "transform", "k")
         self.transform_digest: str = about["transform"]
         self.tokens, self.k = teacher.output(output).tokens, about["k"]
         self.specs = cache_arrays(
@@ -46,8 +46,7 @@ class Targets:
     @cached_property
     def transform(self) -> Transform:
         """The transform these targets were made with, whatever the current fits are."""
-        artifact = self._store.backend.read(transform_path(self.transform_digest))
-        return Transform.from_bytes(artifact, self.transform_digest)
+        return self._store.transform(self.transform_digest)
 
     def rows(self) -> np.ndarray:
         """int64: all rows that have a target, ascending."""
@@ -66,12 +65,12 @@ class Targets:
     def read_stored(self, rows: Rows) -> dict[str, np.ndarray]:
         """The arrays of the codec as stored, by name: codes int8 [N, T, k] and scales float32 [N, T], or values."""
         stored = {}
+        shard_N, row_N = np.divmod(row_numbers(rows), self._store.rows_per_shard)
         for part in codec(self.dtype).arrays:
             spec = self.specs[part.name]
-            out = np.empty((len(rows), *spec.shape), part.dtype)
-            out_NX = out.reshape(len(rows), -1).view(np.uint8)
+            out = np.empty((len(row_N), *spec.shape), part.dtype)
+            out_NX = out.view(np.uint8).reshape(len(row_N), spec.row_nbytes)
             # Runs of rows of one shard are read together.
-            shard_N, row_N = np.divmod(np.asarray(rows, np.int64), self._store.rows_per_shard)
             for begin, end in _runs(shard_N):
                 shard = self._shard(int(shard_N[begin]))
                 if absent := [int(rows[j]) for j in range(begin, end) if not shard["present"][row_N[j]]]:
@@ -92,6 +91,12 @@ class Targets:
             commit = self._store.ledger.read("cache", shard, self.teacher.name, self.set)
             if commit is None:
                 raise AbsentRow(f"dataset shard {shard} is not cached for {self.teacher.name} in {self.set}")
+            made_with = commit.fingerprint, (commit.transform or {}).get(self.output)
+            if made_with != (self.teacher.fingerprint, self.transform_digest):
+                raise DamagedObject(
+                    f"{commit.path}: made with fingerprint and transform {made_with}, the metadata of teacher and array "
+                    f"say {self.teacher.fingerprint, self.transform_digest}; run `statsvc verify --repair`"
+                )
             if len(self._shards) >= OPEN_SHARDS:
                 del self._shards[next(iter(self._shards))]
             opened: dict[str, Any] = {}

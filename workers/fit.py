@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from statsvc.arrays import publish
-from statsvc.canonical import canonical_json, sha256
+from statsvc.canonical import sha256
 from statsvc.errors import CannotFit, NoHadamardMatrix
 from statsvc.layout import fit_path, report_path, transform_path
+from statsvc.ledger import seal
 from statsvc.moments import Moments
 from statsvc.normalizations import METHODS, fit
 from statsvc.store import Store, Teacher
@@ -48,9 +49,9 @@ def fit_teacher(store: Store, name: str, pilot: Pilot) -> dict[str, dict[str, An
                 "hadamard": transform.hadamard,
                 **_trust(trust),
             }
-            publish(store.backend, report_path(transform.digest), canonical_json(report))
+            publish(store.backend, report_path(transform.digest), seal(report))
             fits[output][method] = transform.digest
-    store.backend.write(fit_path(name), canonical_json(fits))
+    store.backend.write(fit_path(name), seal(fits))
     return fits
 
 

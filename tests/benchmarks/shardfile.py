@@ -12,11 +12,8 @@ Rows are [256, 1024]. Everything is in the page cache: this measures the code, n
 
 import argparse
 import os
-import random
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,26 +25,11 @@ import zarr.codecs
 from numpy.typing import NDArray
 
 from statsvc.shardfile import ShardFile, ShardWriter, open_shard
+from tests.benchmarks.timing import Case, alternate
 
 TOKENS, CHANNELS = 256, 1024
 WRITE_BATCH = 16  # rows per append, as a teacher's batch brings them
 READ_BATCH = 64
-
-Case = Callable[[], object]
-
-
-def alternate(cases: dict[str, Case], repeats: int, before: Callable[[Case], object]) -> dict[str, float]:
-    """Median seconds of every case; `before` is given the case untimed before it runs."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    shuffle = random.Random(0)
-    for repeat in range(repeats + 1):
-        for name in shuffle.sample(list(cases), len(cases)):
-            before(cases[name])
-            start = time.perf_counter()
-            cases[name]()
-            if repeat:  # the first round fills caches
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def warm_up(case: Case) -> None:

@@ -120,8 +120,7 @@ class _OutputWriter:
             spec = self._specs[part.name]
             if part.sharded:
                 upload = backend.create(spec.object(shard))
-                row_nbytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-                self._sharded[part.name] = upload, ShardWriter(upload.file, rows, row_nbytes)
+                self._sharded[part.name] = upload, ShardWriter(upload.file, rows, spec.row_nbytes)
             else:
                 self._small[part.name] = np.full((rows, *spec.shape), spec.fill, spec.dtype)
         self._count = torch.zeros((), dtype=torch.int64, device=device)

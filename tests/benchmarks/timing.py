@@ -1,0 +1,30 @@
+"""Times that can be compared: all cases in one run, taking turns, medians."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+Case = Callable[[], object]
+
+
+def alternate(
+    cases: Mapping[str, Case], repeats: int, before: Callable[[Case], object] = lambda _: None
+) -> dict[str, float]:
+    """Median seconds of every case; `before` is given the case untimed before it runs."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    shuffle = random.Random(0)
+    for repeat in range(repeats + 1):
+        for name in shuffle.sample(list(cases), len(cases)):
+            before(cases[name])
+            start = time.perf_counter()
+            cases[name]()
+            if repeat:  # the first round fills caches
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def judge(what: str, measured: float, goal: float, at_most: bool = False) -> None:
+    """One line: a ratio, its goal, and whether it was met."""
+    met = measured <= goal if at_most else measured >= goal
+    print(f"  {what:<78} {measured:7.3f}   goal {'<=' if at_most else '>='} {goal}: {'met' if met else 'MISSED'}")
