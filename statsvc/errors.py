@@ -10,6 +10,7 @@
     |-- TransformError           a transform that is inconsistent or does not fit its data
     |   `-- CannotFit            these moments do not support that method
     |-- StoreError               the store cannot be read or written
+    |   |-- NotAStore            nothing there, or something else (a PlanError too: the argument is wrong)
     |   |-- DamagedObject        an object is missing, cut or fails its checksum
     |   |-- AbsentRow            a row has no target
     |   |-- WrongRows            rows or arrays that do not fit the shard they are for
@@ -64,6 +65,10 @@ class CannotFit(TransformError):
 
 class StoreError(StatsvcError):
     """The store cannot be read or written."""
+
+
+class NotAStore(PlanError, StoreError):
+    """There is no store at that location."""
 
 
 class DamagedObject(StoreError):

@@ -13,7 +13,7 @@ import numpy as np
 
 from statsvc.arrays import read_chunk
 from statsvc.backends import Backend, backend
-from statsvc.errors import DamagedObject, NotFound, StoreError
+from statsvc.errors import DamagedObject, NotAStore, NotFound, StoreError
 from statsvc.layout import FORMAT, Output, fit_path, moments_arrays, report_path, sample_arrays, transform_path
 from statsvc.ledger import Ledger, attributes, unseal
 from statsvc.moments import Moments, unpack
@@ -22,10 +22,10 @@ from statsvc.transform import Transform
 
 
 def open_store(location: str) -> Store:
-    """The store at a path. Raises StoreError where there is none."""
+    """The store at a path. Raises NotAStore where there is none."""
     found = backend(str(location))
     if not found.exists():
-        raise StoreError(f"{location} is not a store (no zarr.json): `statsvc run PLAN` makes one")
+        raise NotAStore(f"{location} is not a store (no zarr.json): `statsvc run PLAN` makes one")
     return Store(found)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +9,9 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 LOG_SECONDS = 10.0
-LOG_WIDTH = 130
 
 
 class Bar(Protocol):
@@ -29,15 +26,10 @@ class Display:
     """Lines go to standard output; progress to a bar where standard output is a terminal, else to lines."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # A log has no width of its own, and a wrapped table is hard to read.
-        width = None if sys.stdout.isatty() else LOG_WIDTH
-        self.console = console or Console(highlight=False, soft_wrap=True, width=width)
+        self.console = console or Console(highlight=False, soft_wrap=True)
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False)
-
-    def table(self, table: Table) -> None:
-        self.console.print(table)
 
     @contextmanager
     def phase(self, name: str, total: int | None, unit: str = "images") -> Iterator[Bar]:

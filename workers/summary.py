@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from statsvc.arrays import read_chunk
 from statsvc.store import Store
@@ -22,48 +21,28 @@ def print_summary(agenda: Agenda, show: Display) -> None:
     store, plan = agenda.store, agenda.plan
     jobs = agenda.cache_jobs()
     reports = {(job.name, o): store.teacher(job.name).report()[o][plan.normalize] for job in jobs for o in job.outputs}
-    table = Table(title=f"features as the teachers give them, and the targets after {plan.normalize}", show_lines=False)
-    for column in (
-        "teacher",
-        "output",
-        "width",
-        "feature std",
-        "channel std",
-        "MSE share",
-        "",
-        "target variance",
-        "MSE share",
-    ):
-        table.add_column(column, justify="left" if column in ("teacher", "output") else "right")
+    wide = max(len("teacher"), *(len(job.name) for job in jobs))
+    show.line(f"{'':{wide}}                  as the teacher gives them          | after {plan.normalize}")
+    show.line(f"{'teacher':{wide}} output  width     std  std of channels  MSE share | variance of channels MSE share")
     for output in dict.fromkeys(output for _, output in reports):
         rows = {name: report for (name, of), report in reports.items() if of == output}
         variances = {job.name: target_variance(store, job, output) for job in jobs if job.name in rows}
         before = sum(report["feature_variance"] for report in rows.values())
         after = sum(float(np.nanmean(variance_k)) for variance_k in variances.values())
         for name, report in rows.items():
-            variance_k = variances[name]
-            low, high = report["channel_std"]
-            table.add_row(
-                name,
-                output,
-                str(report["dim"]),
-                f"{report['feature_std']:.4g}",
-                f"{low:.3g} to {high:.3g}",
-                f"{report['feature_variance'] / before:.2%}",
-                "->",
-                f"{variance_k.mean():.3f} ({variance_k.min():.3f} to {variance_k.max():.3f})",
-                f"{variance_k.mean() / after:.2%}",
+            variance_k, (low, high) = variances[name], report["channel_std"]
+            show.line(
+                f"{name:{wide}} {output:7} {report['dim']:5} {report['feature_std']:7.3g} {low:7.3g} to {high:<6.3g}"
+                f"{report['feature_variance'] / before:9.2%} | {variance_k.min():8.3f} to {variance_k.max():<8.3f} "
+                f"{variance_k.mean() / after:9.2%}"
             )
-    show.table(table)
-    show.line(
-        "MSE share: a teacher's part of an unweighted MSE loss over all teachers, for a student that knows nothing."
-    )
+    show.line("MSE share: a teacher's part of an unweighted MSE loss, for a student that knows nothing yet")
     _print_trust(reports, show)
     _print_written(store, jobs, plan.store, show)
 
 
 def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:
-    """[k] float64: variance of each channel over all cached targets, from what every dataset shard recorded."""
+    """[k] float64, ddof 1: variance of each channel over all cached targets, from what every dataset shard recorded."""
     targets = store.teacher(job.name).targets(output, job.cache_set)
     specs, k = targets.specs, targets.k
     weight, sum_k, square_k = 0, np.zeros(k), np.zeros(k)
@@ -78,7 +57,8 @@ def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:
         square_k += commit.rows * (var_k + mean_k**2)
     if not weight:
         return np.full(k, np.nan)
-    variance_k: np.ndarray = square_k / weight - (sum_k / weight) ** 2
+    count = weight * targets.tokens
+    variance_k: np.ndarray = (square_k / weight - (sum_k / weight) ** 2) * (count / max(count - 1, 1))
     return variance_k
 
 
