@@ -74,6 +74,8 @@ def main(connection: Connection[Any, Any], setup: WorkerSetup) -> None:
         from workers.unit import run_unit
 
         torch.set_num_threads(setup.threads)
+        # Where the plan says float32 it means it: by default CUDA convolutions drop 13 bits of each factor.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         device = torch.device(setup.device)
         teachers = {
             name: LoadedTeacher(name, resolved, device, setup.precisions[name])
