@@ -16,7 +16,6 @@ from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.layout import commit_folder, commit_path
 
-
 COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
@@ -79,7 +78,7 @@ class Commit:
 
     @classmethod
     def from_bytes(cls, path: str, data: bytes) -> Commit:
-        """Raises DamagedObject unless the commit is the one that was written there; fields it does not know are left."""
+        """Raises DamagedObject unless it is the commit that was written there; fields it does not know are left."""
         content = unseal(path, data)
         try:
             content["objects"] = tuple(ObjectRecord(**_known(ObjectRecord, record)) for record in content["objects"])

@@ -124,11 +124,7 @@ class Teacher:
     def report(self) -> dict[str, Any]:
         """{output: {method: what is known about that fit}}."""
         return {
-            output: {
-                method: self.store.report(digest)
-                for method, digest in methods.items()
-                if isinstance(digest, str)
-            }
+            output: {method: self.store.report(digest) for method, digest in methods.items() if isinstance(digest, str)}
             for output, methods in self.fits().items()
         }
 

@@ -94,8 +94,8 @@ class Targets:
             made_with = commit.fingerprint, (commit.transform or {}).get(self.output)
             if made_with != (self.teacher.fingerprint, self.transform_digest):
                 raise DamagedObject(
-                    f"{commit.path}: made with fingerprint and transform {made_with}, the metadata of teacher and array "
-                    f"say {self.teacher.fingerprint, self.transform_digest}; run `statsvc verify --repair`"
+                    f"{commit.path}: made with fingerprint and transform {made_with}, the metadata of teacher and "
+                    f"array say {self.teacher.fingerprint, self.transform_digest}; run `statsvc verify --repair`"
                 )
             if len(self._shards) >= OPEN_SHARDS:
                 del self._shards[next(iter(self._shards))]

@@ -48,6 +48,7 @@ class Transform:
     moments_digest: str = ""
     statsvc_version: str = VERSION
 
+    @np.errstate(over="ignore", invalid="ignore")  # what comes of NaN and infinity fails the checks
     def __post_init__(self) -> None:
         if any(getattr(self, name).dtype != np.float64 for name in TENSORS):
             raise TransformError(f"{self.method}: mean, matrix and inverse are float64, so that digests agree")

@@ -3,221 +3,266 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from statsvc.arrays import open_feature_shard, read_chunk
-from statsvc.checksum import crc32c_hex
+from statsvc.backends import Backend, backend
+from statsvc.canonical import canonical_json, sha256
+from statsvc.checksum import CRC_NBYTES
 from statsvc.errors import DamagedObject, StatsvcError
 from statsvc.layout import (
     OK,
     STATUS_NAMES,
     ArraySpec,
     cache_arrays,
+    commit_folder,
     commit_path,
     fit_path,
+    group_metadata,
+    groups,
     moments_arrays,
     report_path,
     sample_arrays,
     teacher_status,
     transform_path,
 )
-from statsvc.ledger import Commit
+from statsvc.ledger import Commit, Ledger, attributes
 from statsvc.normalizations import moments_digest
-from statsvc.store import Store, Teacher
+from statsvc.store import Store, Teacher, open_store
+
+ROOT = "zarr.json"
 
 
 class Damage(NamedTuple):
-    """A damaged object, and the commit that vouches for it (None: nothing can be done again by itself)."""
+    """A damaged object, and the commit that vouches for it (None: nothing but the object itself is to be made anew)."""
 
     path: str
     reason: str
     commit: str | None
 
 
-def verify_store(store: Store) -> tuple[int, list[Damage]]:
-    """How many objects were checked, and those that are damaged, by path."""
-    check = _Check(store)
-    check.commits("index")
-    for name in store.teachers():
-        try:
-            teacher = store.teacher(name)
-        except StatsvcError as error:
-            check.damaged(f"teachers/{name}/zarr.json", error, None)
-            continue
-        check.teacher(teacher)
-    check.samples()
-    unique = {damage.path: damage for damage in check.damage}
-    return check.checked, [unique[path] for path in sorted(unique)]
-
-
-def repair(store: Store, damage: list[Damage]) -> int:
-    """Remove damaged objects and the commits that vouch for them, so that the next run does that work again.
-
-    A unit without its commit is missing; everything else of it is written anew with the same bytes.
-    """
-    paths = {path for found in damage for path in (found.path, found.commit) if path is not None}
-    for path in sorted(paths):
-        store.backend.remove(path)
-    return len(paths)
+def verify_store(location: str) -> tuple[int, list[Damage]]:
+    """How many objects were checked, and those that are damaged, by path. Raises StoreError where there is no store."""
+    storage = backend(location)
+    if not storage.exists() and Ledger(storage).shards("index"):
+        return 1, [Damage(ROOT, "missing", None)]
+    try:
+        check = _Check(open_store(location))
+    except DamagedObject as error:
+        return 1, [Damage(ROOT, _reason(ROOT, error), None)]
+    check.everything()
+    return check.checked, [check.damage[path] for path in sorted(check.damage)]
 
 
 class _Check:
-    """Collects damage; each method checks one kind of object."""
+    """Collects damage by path; each method checks one kind of object."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.damage, self.checked = store, list[Damage](), 0
-        self._shards = max(store.ledger.shards("index"), default=-1) + 1
+        self.store, self.checked, self.damage = store, 0, dict[str, Damage]()
         self._rows = store.rows_per_shard
+        self._groups = set[str]()
+        self._arrays = list[tuple[ArraySpec, int, Any]]()  # with the dataset shards it must have room for, and zarr.json
 
     def damaged(self, path: str, reason: object, commit: str | None) -> None:
-        self.damage.append(Damage(path, str(reason).removeprefix(f"{path}: "), commit))
+        self.damage.setdefault(path, Damage(path, _reason(path, reason), commit))
 
-    def samples(self) -> None:
-        specs = sample_arrays(self._rows)
-        for spec in specs.values():
-            self._metadata(spec)
+    def everything(self) -> None:
+        index = list(self.commits("index"))
+        if not self.root(index):
+            return  # nothing could be found in its place
+        for commit in index:
+            self.objects(commit, None)
+        for spec in sample_arrays(self._rows).values():
+            self.array(spec, _shards(index))
+        for name in sorted({*self.store.teachers(), *_teachers_with_commits(self.store.backend)}):
+            teacher = self.teacher(name)
+            if teacher is not None:
+                self.work(teacher, {commit.shard for commit in index})
+        self.shapes()
 
-    def teacher(self, teacher: Teacher) -> None:
-        name = teacher.name
-        self._metadata(teacher_status(name, self._rows))
+    def root(self, index: list[Commit]) -> bool:
+        about, found = attributes(self.store.backend, ""), json.loads(self.store.backend.read(ROOT))
+        kept = {(record.bytes - CRC_NBYTES) // 16 for commit in index for record in commit.objects}
+        self.checked += 1
+        if found != json.loads(group_metadata(about)):
+            self.damaged(ROOT, "not the metadata of a Zarr group", None)
+        elif kept - {self._rows}:
+            self.damaged(ROOT, f"rows_per_shard is {self._rows}, the dataset shards were indexed with {kept}", None)
+        else:
+            for name in self.store.teachers():
+                settings = self._settings(name)
+                if settings and settings["views"] != about.get("views"):
+                    self.damaged(ROOT, f"its views are not those of teacher {name}", None)
+        return ROOT not in self.damage
+
+    def _settings(self, name: str) -> dict[str, Any] | None:
+        """What the fingerprint of a teacher was taken of; None where it was not."""
+        try:
+            about = attributes(self.store.backend, f"teachers/{name}")
+            settings: dict[str, Any] = about["settings"]
+            return settings if sha256(canonical_json(settings)) == about["fingerprint"] else None
+        except (StatsvcError, LookupError, TypeError, ValueError):
+            return None
+
+    def teacher(self, name: str) -> Teacher | None:
+        """The teacher, unless its own metadata is damaged: then nothing can be said about the rest."""
+        path = f"teachers/{name}/zarr.json"
+        self.checked += 1
+        try:
+            found = json.loads(self.store.backend.read(path))
+            teacher, settings = Teacher(self.store, name), self._settings(name)
+            if found != json.loads(group_metadata(found["attributes"])):
+                raise ValueError("not the metadata of a Zarr group")
+            if settings is None or any(settings[key] != teacher.preprocessing[key] for key in ("size", "mean", "std")):
+                raise ValueError("settings, preprocessing and fingerprint do not belong together")
+            for shard in self.store.ledger.shards("measure", name)[:1]:
+                _check_outputs(teacher, shard)
+        except FileNotFoundError:
+            self.damaged(path, "missing", None)
+        except (StatsvcError, LookupError, TypeError, ValueError) as error:
+            self.damaged(path, error, None)
+        return None if path in self.damage else teacher
+
+    def work(self, teacher: Teacher, indexed: set[int]) -> None:
+        """All that was done for one teacher."""
+        name, cached = teacher.name, self.store.backend.list(commit_folder("cache", teacher.name))
+        units = {cache_set: list(self.commits("cache", teacher, cache_set)) for cache_set in cached}
+        measured = list(self.commits("measure", teacher))
         for output, shape in teacher.outputs.items():
             for spec in moments_arrays(name, output, shape.dim).values():
-                self._metadata(spec)
-        self.commits("measure", teacher)
-        self._fits(teacher)
-        for cache_set in teacher.cache_sets():
-            for output in teacher.outputs:
-                try:
-                    specs = _cache_specs(teacher, cache_set, output)
-                except (StatsvcError, LookupError, OSError, ValueError) as error:
-                    self.damaged(f"teachers/{name}/cache/{cache_set}/{output}", f"no readable commit: {error}", None)
-                    continue
-                for spec in specs.values():
-                    self._metadata(spec)
-            self.commits("cache", teacher, cache_set)
+                self.array(spec, _shards(measured))
+        every = measured + [commit for commits in units.values() for commit in commits]
+        self.array(teacher_status(name, self._rows), _shards(every))
+        for commit in every:
+            self.objects(commit, teacher)
+            if commit.shard not in indexed:
+                self.damaged(commit_path("index", commit.shard), f"missing, though {commit.path} is there", None)
+        for commits in units.values():
+            for commit in commits[:1]:
+                for output in teacher.outputs:
+                    for spec in _cache_specs(teacher, commit, output).values():
+                        self.array(spec, _shards(commits))
+        self.fits(teacher, bool(sum(units.values(), [])))
 
-    def commits(self, phase: str, teacher: Teacher | None = None, cache_set: str | None = None) -> None:
+    def commits(self, phase: str, teacher: Teacher | None = None, cache_set: str | None = None) -> Iterator[Commit]:
+        """The sound commits of a phase."""
         name = teacher.name if teacher else None
         for shard in self.store.ledger.shards(phase, name, cache_set):
             path = commit_path(phase, shard, name, cache_set)
             self.checked += 1
             try:
                 commit = self.store.ledger.read(phase, shard, name, cache_set)
-                assert commit is not None  # it was listed
-                expected = list(_expected(self._rows, phase, teacher, cache_set))
-            except (StatsvcError, LookupError, OSError, ValueError) as error:
+            except DamagedObject as error:
                 self.damaged(path, error, path)
                 continue
+            if commit is None:
+                continue  # a run removed it meanwhile
             if teacher and commit.fingerprint != teacher.fingerprint:
                 self.damaged(path, f"made with fingerprint {commit.fingerprint}, not the teacher's", path)
-            counted: dict[str, np.ndarray] = {}
-            for spec in expected:
-                self.checked += 1
-                try:
-                    counted[spec.path.rpartition("/")[2]] = self._object(spec, shard, commit)
-                except DamagedObject as error:
-                    self.damaged(spec.object(shard), error, path)
-            for reason in _miscounts(phase, commit, counted, teacher):
-                self.damaged(path, reason, path)
+            elif cache_set and _fit_of(commit) != cache_set.split("-")[-2:-1]:
+                self.damaged(path, "made with transforms of another fit than that of its cache set", path)
+            else:
+                yield commit
 
-    def _object(self, spec: ArraySpec, shard: int, commit: Commit) -> np.ndarray:
-        """The array, or of a feature shard which rows are present. Raises DamagedObject."""
-        if not spec.sharded:
-            return read_chunk(self.store.backend, spec, shard, commit)
-        shard_file = open_feature_shard(self.store.backend, spec, shard, commit)
-        shard_file.verify_all()
-        content = crc32c_hex(shard_file.content_crc32c)
-        due = next(record for record in commit.objects if record.path == spec.object(shard)).content_crc32c
-        if content != due:
-            raise DamagedObject(f"{spec.object(shard)}: a shard of other rows: contents {content}, committed {due}")
-        return shard_file.present_R
-
-    def _fits(self, teacher: Teacher) -> None:
-        commit = fit_path(teacher.name)
-        if self.store.backend.size(commit) is None:
-            return
-        self.checked += 1
+    def objects(self, commit: Commit, teacher: Teacher | None) -> None:
+        """Everything that a commit vouches for, and what it counts."""
         try:
-            digests = [
-                (output, method)
-                for output, methods in teacher.fits().items()
-                for method, found in methods.items()
-                if isinstance(found, str)
-            ]
-            reports = teacher.report()
-        except (StatsvcError, ValueError, KeyError, OSError) as error:
-            self.damaged(commit, f"unreadable, or a report is missing: {error}", commit)
+            expected = list(_expected(self._rows, commit, teacher))
+        except (StatsvcError, LookupError) as error:
+            self.damaged(commit.path, error, commit.path)
             return
-        for output, method in digests:
+        if {record.path for record in commit.objects} != {spec.object(commit.shard) for spec in expected}:
+            self.damaged(commit.path, "vouches for other objects than its unit has", commit.path)
+            return
+        counted: dict[str, np.ndarray] = {}
+        for spec in expected:
             self.checked += 1
             try:
-                transform = teacher.transform(method, output)
-                if reports[output][method]["digest"] != transform.digest:
-                    raise DamagedObject("its report is of another transform")
-                if transform.moments_digest != moments_digest(teacher.moments(output)):
-                    raise DamagedObject("the pilot's moments are not those it was fitted on")
-            except (StatsvcError, ValueError, KeyError) as error:
-                self.damaged(transform_path(teacher.fits()[output][method]), error, commit)
+                if spec.sharded:
+                    shard_file = open_feature_shard(self.store.backend, spec, commit.shard, commit)
+                    shard_file.verify_all()
+                    counted[spec.path.rpartition("/")[2]] = shard_file.present_R
+                else:
+                    chunk = read_chunk(self.store.backend, spec, commit.shard, commit)
+                    counted[spec.path.rpartition("/")[2]] = chunk
+            except DamagedObject as error:
+                self.damaged(spec.object(commit.shard), error, commit.path)
+        for reason in _miscounts(commit, counted):
+            self.damaged(commit.path, reason, commit.path)
 
-    def _metadata(self, spec: ArraySpec) -> None:
-        path = f"{spec.path}/zarr.json"
+    def fits(self, teacher: Teacher, in_use: bool) -> None:
+        path, ledger = fit_path(teacher.name), self.store.ledger
+        try:
+            fits = teacher.fits()
+        except DamagedObject as error:
+            self.damaged(path, error, path)
+            return
+        if in_use and not fits:
+            self.damaged(path, "missing, though targets made with it are there", path)
+        self.checked += 1
+        found = [(output, method, fit) for output, methods in fits.items() for method, fit in methods.items()]
+        for output, method, digest in found:
+            if not isinstance(digest, str):
+                continue
+            self.checked += 2
+            try:
+                report = self.store.report(digest)
+                if report["digest"] != digest:
+                    raise DamagedObject("a report on another transform")
+                for shard in report["pilot"]:
+                    if ledger.read("measure", shard, teacher.name) is None:
+                        self.damaged(commit_path("measure", shard, teacher.name), "missing, though it was fitted", path)
+            except StatsvcError as error:
+                self.damaged(report_path(digest), error, path)
+                continue
+            try:
+                transform = self.store.transform(digest)
+            except DamagedObject as error:
+                self.damaged(transform_path(digest), error, path)
+                continue
+            if (transform.method, transform.output, transform.fingerprint) != (method, output, teacher.fingerprint):
+                self.damaged(path, f"{digest} is not {method} of {output}", path)
+                continue
+            try:
+                moments = teacher.pilot_moments(output, report["pilot"])
+            except StatsvcError:
+                continue  # found above
+            if transform.moments_digest != moments_digest(moments):
+                self.damaged(transform_path(digest), "fitted to other moments than the pilot's", path)
+
+    def array(self, spec: ArraySpec, shards: int) -> None:
+        """zarr.json of an array that must have room for so many dataset shards, and of the groups above it."""
+        for group in groups(spec.path):
+            if group not in self._groups and not (group.startswith("teachers/") and group.count("/") == 1):
+                self._groups.add(group)
+                if self._document(group) not in (None, json.loads(group_metadata({}))):
+                    self.damaged(f"{group}/zarr.json", "not the metadata of a Zarr group", None)
+        found = self._document(spec.path)
+        if found is not None:
+            self._arrays.append((spec, shards, found))
+
+    def _document(self, path: str) -> Any:
         self.checked += 1
         try:
-            found = json.loads(self.store.backend.read(path))
-        except (FileNotFoundError, ValueError) as error:
-            self.damaged(path, "missing" if isinstance(error, FileNotFoundError) else f"not JSON: {error}", None)
-            return
-        due = json.loads(spec.metadata(self._shards))
-        if wrong := [key for key in due if found.get(key) != due[key]]:
-            self.damaged(path, f"{', '.join(wrong)}: not as the store's other metadata says", None)
+            return json.loads(self.store.backend.read(f"{path}/zarr.json"))
+        except FileNotFoundError:
+            self.damaged(f"{path}/zarr.json", "missing", None)
+        except ValueError as error:
+            self.damaged(f"{path}/zarr.json", f"not JSON: {error}", None)
+        return None
 
-
-def _expected(rows: int, phase: str, teacher: Teacher | None, cache_set: str | None) -> Iterator[ArraySpec]:
-    """The arrays that a commit of a phase vouches for."""
-    samples = sample_arrays(rows)
-    if teacher is None:
-        yield samples["key_hash"]
-        return
-    for output, shape in teacher.outputs.items():
-        if phase == "measure":
-            yield from moments_arrays(teacher.name, output, shape.dim).values()
-        elif cache_set is not None:
-            yield from _cache_specs(teacher, cache_set, output).values()
-    if phase == "cache":
-        yield from (samples["status"], samples["views"], teacher_status(teacher.name, rows))
-
-
-def _cache_specs(teacher: Teacher, cache_set: str, output: str) -> dict[str, ArraySpec]:
-    """What the arrays of a cache set must be, from its first commit and that fit's report, not from the arrays."""
-    store = teacher.store
-    first = store.ledger.read(
-        "cache", store.ledger.shards("cache", teacher.name, cache_set)[0], teacher.name, cache_set
-    )
-    digest = (first.transform or {})[output] if first else ""
-    return cache_arrays(
-        teacher.name,
-        cache_set,
-        output,
-        dtype=cache_set.rpartition("-")[2],
-        transform=digest,
-        tokens=teacher.output(output).tokens,
-        k=json.loads(store.backend.read(report_path(digest)))["rank"],
-        rows=store.rows_per_shard,
-    )
-
-
-def _miscounts(phase: str, commit: Commit, arrays: dict[str, np.ndarray], teacher: Teacher | None) -> Iterator[str]:
-    """What a commit counts, against what its objects hold. Outputs of one teacher count alike."""
-    if phase == "index" and "key_hash" in arrays and int(arrays["key_hash"].any(axis=1).sum()) != commit.samples:
-        yield f"counts {commit.samples} samples, samples/key_hash holds others"
-    if phase == "measure" and "images" in arrays and int(arrays["images"].sum()) != commit.rows:
-        yield f"counts {commit.rows} images, the moments hold {int(arrays['images'].sum())}"
-    if phase == "cache" and teacher is not None:
-        present = next((arrays[name] for name in ("codes", "values") if name in arrays), None)
-        if present is not None and int(present.sum()) != commit.rows:
-            yield f"counts {commit.rows} rows, the feature shard holds {int(present.sum())}"
-        if "status" in arrays and int((arrays["status"] == OK).sum()) != (commit.status or {}).get(STATUS_NAMES[OK], 0):
-            yield f"counts {commit.status}, the status array holds others"
+    def shapes(self) -> None:
+        """Arrays grow one after the other, so a run that was stopped leaves two lengths; never one for itself."""
+        lengths = [_length(found) // spec.rows for spec, _, found in self._arrays]
+        how_many = Counter(lengths)
+        for (spec, shards, found), length in zip(self._arrays, lengths, strict=True):
+            grown = length if length >= shards and (length == shards or how_many[length] > 1) else shards
+            due = json.loads(spec.metadata(grown))
+            if found != due:
+                keys = due.keys() | found.keys() if isinstance(found, dict) else due.keys()
+                wrong = [key for key in sorted(keys) if not isinstance(found, dict) or found.get(key) != due.get(key)]
+                self.damaged(f"{spec.path}/zarr.json", f"{', '.join(wrong)}: not as the commits say", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +66,18 @@ class Finished:
         }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models as small as those of the tests lose by a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the disk, which takes most of the time of a small unit; test_backends sees to fsync."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def decoders() -> Iterator[Decoders]:
     """One decoder process for all tests."""
@@ -87,9 +100,7 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_once(
-    dinov2: Path, decoders: Decoders, tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
+def finished_once(dinov2: Path, decoders: Decoders, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A finished store of the two teachers `dino` (int8 codes, 16 patches of 32 channels) and `siglip`."""
     folder = tmp_path_factory.mktemp("finished")
     for name, members in SHARDS.items():

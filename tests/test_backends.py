@@ -352,7 +352,7 @@ class TestLocalBackend(BackendContract):
     def test_an_object_whose_bytes_cannot_be_written_leaves_nothing(
         self, storage: Backend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(descriptor: int) -> None:
+        def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
@@ -367,6 +367,12 @@ def test_a_location_names_its_kind_of_storage(tmp_path: Path) -> None:
     for location in (str(tmp_path), f"file://{tmp_path}"):
         backend(location).write("object", b"1")
         assert (tmp_path / "object").read_bytes() == b"1"
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    backend("~/store").write("object", b"1")
+    assert (tmp_path / "store/object").read_bytes() == b"1"
 
 
 @pytest.mark.parametrize("location", ["ftp://host/store", "s4://bucket", "://x"])

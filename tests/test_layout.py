@@ -1,4 +1,4 @@
-"""Where everything lies, and the Zarr metadata of every array, against DESIGN section 5 and the Zarr v3 specification."""
+"""Where everything lies, and the Zarr metadata of every array, against DESIGN section 5 and the spec of Zarr v3."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def every_spec() -> dict[str, ArraySpec]:
     specs = [*sample_arrays(C).values(), teacher_status("dino", C), *moments_arrays("dino", "patches", D).values()]
     for dtype in CODECS:
         set_ = set_name("phi-s", "0123456789abcdef", dtype)
-        specs += cache_arrays(
-            "dino", set_, "patches", dtype=dtype, transform="ab" * 32, tokens=T, k=K, rows=C
-        ).values()
+        specs += cache_arrays("dino", set_, "patches", dtype=dtype, transform="ab" * 32, tokens=T, k=K, rows=C).values()
     return {spec.path: spec for spec in specs}
 
 

@@ -154,7 +154,9 @@ def test_the_other_spelling_of_an_escape_is_a_changed_byte_too() -> None:
         Commit.from_bytes(commit.path, data.replace(rb"\u001f", rb"\u001F"))
 
 
-@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{}", b'"x"', b"1", b"\xff", b'{"crc32c":"00000000"}', b"[" * 9999])
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"{}", b'"x"', b"1", b"\xff", b'{"crc32c":"00000000"}', b"[" * 9999]
+)
 def test_what_is_no_commit_at_all_is_refused(data: bytes) -> None:
     with pytest.raises(DamagedObject, match="not as it was written"):
         Commit.from_bytes(INDEX.path, data)
@@ -230,7 +232,9 @@ def test_shards_are_listed_in_the_order_of_their_numbers(storage: Backend) -> No
     assert Ledger(storage).shards("index") == [0, 2, 999_999, 1_000_000]
 
 
-@pytest.mark.parametrize("name", ["readme.txt", "x.json", "1.json", "0000001.json", "²²²²²².json", "-00001.json", "000001.json~"])
+@pytest.mark.parametrize(
+    "name", ["readme.txt", "x.json", "1.json", "0000001.json", "²²²²²².json", "-00001.json", "000001.json~"]
+)
 def test_other_files_beside_the_commits_are_no_commits(storage: Backend, name: str) -> None:
     storage.write(f".statsvc/commits/index/{name}", b"{}")
     assert Ledger(storage).shards("index") == []

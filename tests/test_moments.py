@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def streamed(x_ND: Any, size: int) -> Moments[Any]:
     return stream.moments()
 
 
-def variance_error(moments: Moments[Any], x_ND: Floats) -> float:
+def variance_error(moments: Moments[Any], x_ND: NDArray[Any]) -> float:
     """Largest relative error of a channel's variance against two passes in float64."""
     variance_D = x_ND.astype(np.float64).var(axis=0, ddof=1)
     return float(np.abs(np.diagonal(host(moments.covariance())) / variance_D - 1).max())
@@ -136,17 +137,19 @@ def test_moments_are_those_of_exact_fractions(library: Library) -> None:
         assert float(abs(Fraction(float(moments.mean[i])) - mean[i])) <= EPS * 1e5
         for j in range(3):
             scatter = sum(((row[i] - mean[i]) * (row[j] - mean[j]) for row in exact), Fraction(0))
-            # The shift is off by a few ulps of the mean, 1e5, whose square the residuals take out again.
+            # Rows less the first one are exact and below 4, so no product exceeds 16.
             assert float(abs(Fraction(float(moments.scatter[i, j])) - scatter)) <= 9 * 16 * EPS
 
 
 @each_library
-def test_a_constant_has_no_variance_at_all(library: Library) -> None:
-    """Also where blocks are of unequal lengths and the constant no sum of powers of two."""
-    for dtype in (np.float32, np.float64):
-        x_ND = np.full((3 * BLOCK + 1001, 3), 0.1, dtype)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_constant_has_no_variance_at_all(dtype: type[np.floating], library: Library) -> None:
+    """Also where blocks are of unequal lengths and the constants no sums of powers of two, so that no sum is exact."""
+    constants_D = np.array([0.1, 0.3, 1 / 3, -0.7, 12345.678, 1e-30], dtype)
+    for count in (BLOCK + 1, 3 * BLOCK + 1001, 5 * BLOCK + 7):
+        x_ND = np.tile(constants_D, (count, 1))
         moments = streamed(library(x_ND), 977)
-        assert host(moments.mean).tolist() == [float(dtype(0.1))] * 3
+        assert host(moments.mean).tolist() == constants_D.astype(np.float64).tolist()
         assert not host(moments.scatter).any()
         assert not host(moments.merge(Moments.of(library(x_ND[:7]))).scatter).any()
 
@@ -175,7 +178,7 @@ def test_the_same_rows_give_the_same_bits_however_they_were_cut_into_batches(lib
     x_ND = library(gauss()[: 2 * BLOCK + 500, :6].astype(np.float32))
     edges = [0, *sorted(cuts), len(x_ND)]
     stream: MomentsStream[Any] = MomentsStream(6)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         stream.add(x_ND[start:end])
     once, cut = Moments.of(x_ND), stream.moments()
     assert cut.count == once.count
@@ -265,12 +268,16 @@ def test_merging_parts_of_any_size_equals_one_pass_over_everything(data: str, si
     assert variance_error(total, x_ND) <= VARIANCE_ERROR
 
 
+def of_width(count: int, dim: int) -> Moments[Any]:
+    return Moments.of(gauss()[:count, :dim])
+
+
 def test_moments_of_unequal_widths_are_not_merged() -> None:
     for one, two in ((3, 4), (4, 3), (1, 4)):
         with pytest.raises(MomentsError, match=f"D={one} and D={two}"):
-            Moments.of(gauss()[:9, :one]).merge(Moments.of(gauss()[:9, :two]))
+            of_width(9, one).merge(of_width(9, two))
     with pytest.raises(MomentsError, match="D=3 and D=4"):
-        Moments.of(np.zeros((0, 3))).merge(Moments.of(gauss()[:9, :4]))
+        of_width(0, 3).merge(of_width(9, 4))
 
 
 # What is refused

@@ -126,7 +126,7 @@ def test_names_that_are_not_there_are_refused_with_those_that_are(store: Store, 
         (lambda: store.teacher("../teachers/dino"), "dino, siglip"),
         (lambda: store.key_hashes(3), "dataset shard 3 is not indexed"),
         (lambda: dino.output("patch"), r"'patch'.* patches, summary"),
-        (lambda: dino.transform("phis"), r"'phis' for patches.* phi-s, standardize|global"),
+        (lambda: dino.transform("phis"), "'phis' for patches; there are global, phi-s, standardize"),
         (lambda: dino.transform("phi-s", output="patch"), "patches, summary"),
         (lambda: dino.moments("patch"), "'patch'"),
         (lambda: dino.shard_moments("patches", 3), "dataset shard 3 was not measured"),
@@ -236,9 +236,8 @@ def test_a_transform_is_the_fit_of_the_moments_and_lies_there_as_safetensors(
 
 def test_a_report_tells_what_every_fit_was_made_from(dino: Teacher) -> None:
     report = dino.report()
-    assert {output: set(methods) for output, methods in report.items()} == dict.fromkeys(
-        ("patches", "summary"), {"phi-s", "global", "standardize"}
-    )
+    assert list(report) == ["patches", "summary"]
+    assert all(set(methods) == {"phi-s", "global", "standardize"} for methods in report.values())
     about = report["patches"]["phi-s"]
     assert about["digest"] == dino.transform("phi-s").digest
     assert (about["images"], about["count"], about["dim"], about["rank"]) == (17, 17 * 16, 32, 32)
@@ -415,8 +414,8 @@ def test_what_is_not_committed_is_absent_even_if_its_objects_are_there(finished:
     "damage",
     [
         lambda data: data[:-1],
-        lambda data: b"",
-        lambda data: None,
+        lambda _: b"",
+        lambda _: None,
         lambda data: bytes(len(data)),
         lambda data: data[::-1],
         lambda data: data + b"\0",

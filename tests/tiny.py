@@ -77,7 +77,7 @@ def seen_by(teacher: LoadedTeacher, image: bytes) -> np.ndarray:
     side, size = min(rgb.size), teacher.preprocessing.size
     x, y = (rgb.width - side) // 2, (rgb.height - side) // 2
     filter_ = Image.Resampling[teacher.preprocessing.interpolation.upper()]
-    return np.asarray(rgb.crop((x, y, x + side, y + side)).resize((size, size), filter_))
+    return np.array(rgb.crop((x, y, x + side, y + side)).resize((size, size), filter_))
 
 
 class FakeTeacher(LoadedTeacher):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def expand(patterns: tuple[str, ...]) -> list[DatasetShard]:
     for pattern in patterns:
         for location in _expand_one(pattern):
             name = Path(location).name
-            if found.setdefault(name, location) != location:
+            if not Path(found.setdefault(name, location)).samefile(location):
                 raise PlanError(
                     f"data.shards: {found[name]} and {location} have one name; the store tells dataset shards apart by "
                     "their file names: rename one, or link it under another name"
@@ -35,16 +36,15 @@ def expand(patterns: tuple[str, ...]) -> list[DatasetShard]:
 
 
 def _expand_one(pattern: str) -> list[str]:
-    if pattern.lower().startswith(("pipe:", "fifo:", "exec:", "shell:")) or "|" in pattern:
-        raise PlanError(f"data.shards: {pattern!r} would run a command; name tar files, and fetch them beforehand")
-    if "://" in pattern and not pattern.startswith("file://"):
-        raise PlanError(f"data.shards: {pattern!r} is not a local path; copy the shards or mount their storage")
+    _refuse_all_but_paths(pattern)
     try:
         locations = list(braceexpand.braceexpand(pattern.removeprefix("file://")))
     except ValueError as error:
         raise PlanError(f"data.shards: {pattern!r} has unbalanced braces; write it like {{000000..000099}}") from error
     expanded: list[str] = []
     for location in locations:
+        _refuse_all_but_paths(location)
+        location = os.path.expanduser(location)  # noqa: PTH111  (a Path would change what messages show)
         # glob, not Path.glob: patterns may be absolute.
         matches = sorted(glob.glob(location, recursive=True)) if glob.has_magic(location) else [location]  # noqa: PTH207
         if not matches:
@@ -54,6 +54,13 @@ def _expand_one(pattern: str) -> list[str]:
                 raise PlanError(f"data.shards: there is no file {match!r}; check the path")
         expanded += matches
     return expanded
+
+
+def _refuse_all_but_paths(pattern: str) -> None:
+    if pattern.strip().lower().startswith(("pipe:", "fifo:", "exec:", "shell:")) or "|" in pattern:
+        raise PlanError(f"data.shards: {pattern!r} would run a command; name tar files, and fetch them beforehand")
+    if "://" in pattern and not pattern.startswith("file://"):
+        raise PlanError(f"data.shards: {pattern!r} is not a local path; copy the shards or mount their storage")
 
 
 def number(names: list[str], known: dict[str, int]) -> dict[str, int]:

@@ -110,6 +110,8 @@ def _alive(lease: bytes) -> str | None:
 def _runs(pid: int, started: float) -> bool:
     """Whether that very process runs: a process id alone may have been given to another."""
     try:
-        return abs(psutil.Process(pid).create_time() - started) < 1
-    except psutil.NoSuchProcess:
+        process = psutil.Process(pid)
+        # A zombie was killed; where nobody looks after orphans, as in many containers, it stays in the table.
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
+    except (psutil.NoSuchProcess, ValueError, TypeError):  # the last two: not the number of any process
         return False

@@ -20,7 +20,7 @@ class LocalBackend:
     """Publishes by writing a partial file, fsync, rename and fsync of the folder."""
 
     def __init__(self, root: str) -> None:
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
 
     def read(self, path: str) -> bytes:
         with self._open(path) as file:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from statsvc.canonical import canonical_json, sha256
 from statsvc.errors import PlanError
-from statsvc.plan import Teacher
+from statsvc.plan import Teacher, nearest
 from workers.teachers.base import Features, Preprocessing, Resolved
 from workers.teachers.transformers import HALF, chosen_taps
 
@@ -43,10 +43,14 @@ def load(resolved: Resolved) -> Features:
     from workers.teachers.taps import TappedModel
 
     options = dict(resolved.plan.options)
-    seed, scale = options.pop("seed", 0), float(options.pop("scale", 1))
-    if not isinstance(seed, int) or seed < 0:
+    seed, scale = options.pop("seed", 0), options.pop("scale", 1)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise PlanError(f"options.seed: {seed!r} is wrong; it must be a whole number from 0")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not scale:
+        raise PlanError(f"options.scale: {scale!r} is wrong; it must be a number other than 0")
+    factor = float(scale)
     try:
+        known = transformers.AutoConfig.for_model(resolved.plan.model).to_dict()
         config = transformers.AutoConfig.for_model(resolved.plan.model, **options)
         auto_model: Any = transformers.AutoModel
         model = auto_model.from_config(config)
@@ -54,6 +58,9 @@ def load(resolved: Resolved) -> Features:
         raise PlanError(
             f"{resolved.plan.model!r} with {options} is no architecture of transformers: {error}"
         ) from error
+    for option in options:  # the library takes any word for one, and keeps it
+        if option not in known:
+            raise PlanError(f"options.{option} is no option of {resolved.plan.model!r}{nearest(option, known)}")
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -66,6 +73,6 @@ def load(resolved: Resolved) -> Features:
 
     class Scaled(TappedModel):
         def forward(self, pixels_B3SS: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {output: x_BTD * scale for output, x_BTD in super().forward(pixels_B3SS).items()}
+            return {output: x_BTD * factor for output, x_BTD in super().forward(pixels_B3SS).items()}
 
     return Scaled(model, resolved.taps, resolved.preprocessing.size)

@@ -70,13 +70,17 @@ class TappedModel(nn.Module):
                 return summary_B1D
         if "|" in taps:
             return None
+        if taps == "cls":
+            raise PlanError(
+                f"taps.summary: 'cls' cannot be had, this model has no CLS token; it has {', '.join(found)}"
+            )
         raise PlanError(f"taps.summary: {taps!r} is not an output of this model; it has {', '.join(found)}, cls")
 
 
 def _pick(found: Any, tap: str) -> torch.Tensor:
     layer = re.fullmatch(r"hidden_states\.(-?\d+)", tap)
     value = found.get("hidden_states" if layer else tap)
-    if value is None:
+    if value is None or (isinstance(value, tuple) and not layer):
         raise PlanError(f"taps: {tap!r} is not an output of this model; it has {', '.join(found)}, hidden_states.N")
     if layer and not -len(value) <= int(layer[1]) < len(value):
         raise PlanError(f"taps: {tap!r} is outside of the model's {len(value)} hidden states")

@@ -48,7 +48,9 @@ def resolve(name: str, plan: Teacher) -> Resolved:
         raise PlanError(f"{key}.options: {plan.options!r} means nothing to the source transformers; remove it")
     folder = _folder(key, plan)
     config = _json(folder / "config.json")
-    files = _weight_files(key, folder)
+    if not isinstance(config.get("model_type"), str):
+        raise PlanError(f"{key}.model: {folder / 'config.json'} has no model_type; transformers did not write it")
+    files = _weight_files(key, folder, config)
     if plan.trust_remote_code:
         files += sorted(folder.glob("*.py"))
     parts = [canonical_json({k: v for k, v in config.items() if k not in VOLATILE})]
@@ -75,6 +77,7 @@ def chosen_taps(plan: Teacher) -> dict[str, str]:
 
 def load(resolved: Resolved) -> Features:
     """The model with all its weights from the files. Raises PlanError where some are missing."""
+    import torch
     import transformers
 
     library_logging: Any = transformers.utils.logging
@@ -85,6 +88,8 @@ def load(resolved: Resolved) -> Features:
             resolved.location,
             local_files_only=True,
             output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,  # also of weights stored in less: the plan's precision is that of the forward pass
             trust_remote_code=resolved.plan.trust_remote_code,
         )
     except Exception as error:  # the library raises whatever it comes across in foreign files
@@ -153,12 +158,17 @@ def _snapshot(key: str, plan: Teacher) -> Path:
     )
 
 
-def _weight_files(key: str, folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-    else:
-        files = [folder / "model.safetensors"]
+def _weight_files(key: str, folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The files that transformers would load."""
+    other, index = config.get("transformers_weights", "model.safetensors"), folder / "model.safetensors.index.json"
+    if other != "model.safetensors":
+        raise PlanError(f"{key}.model: transformers_weights in config.json names {other!r}; save the model anew")
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file() and index.is_file():
+        parts = _json(index).get("weight_map")
+        if not isinstance(parts, dict) or not parts:
+            raise PlanError(f"{key}.model: {index} has no weight_map; copy it again")
+        files = [folder / str(name) for name in sorted(set(parts.values()))]
     for file in files:
         if not file.is_file():
             raise PlanError(f"{key}.model: {file} is missing; weights are read from safetensors files only")
@@ -184,11 +194,13 @@ def _preprocessing(key: str, plan: Teacher, folder: Path, config: dict[str, Any]
         own.update(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
     scale = 255 * own.get("rescale_factor", 1 / 255) if own.get("do_rescale", True) else 255
     resample = own.get("resample")
+    own_std = _scaled(own.get("image_std"), scale)
     found: dict[str, Any] = {
         "size": plan.size or _size(own, config),
-        "interpolation": plan.interpolation or RESAMPLE.get(resample, resample),  # type: ignore[arg-type]
+        "interpolation": plan.interpolation
+        or next((name for number, name in RESAMPLE.items() if resample in (number, name)), None),
         "mean": plan.mean or _scaled(own.get("image_mean"), scale),
-        "std": plan.std or _scaled(own.get("image_std"), scale),
+        "std": plan.std or (own_std if own_std and min(own_std) > 0 else None),
     }
     if unknown := [name for name, value in found.items() if value is None]:
         raise PlanError(
@@ -214,9 +226,11 @@ def _size(own: dict[str, Any], config: dict[str, Any]) -> int | None:
 
 def _scaled(values: Any, scale: float) -> tuple[float, ...] | None:
     """mean and std for pixels in [0, 1], where the file gives them for pixels times another factor."""
-    if values is None:
+    try:
+        red, green, blue = (float(v) / scale if abs(scale - 1) > 1e-6 else float(v) for v in values)
+    except (TypeError, ValueError):
         return None
-    return tuple(float(v) / scale if abs(scale - 1) > 1e-6 else float(v) for v in values)
+    return red, green, blue
 
 
 def _commit(folder: Path) -> str | None:

@@ -1,0 +1,312 @@
+"""One driver per store at a time, whatever happens to it: real processes hold, lose and are killed with leases."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import workers.lease
+from statsvc.backends import Backend, backend
+from statsvc.backends.local import LocalBackend
+from statsvc.errors import LeaseError
+from statsvc.layout import LEASE
+from workers.lease import EXPIRES_SECONDS, HEARTBEAT_SECONDS, Lease, read_lease
+
+HOLD = """
+import sys
+from statsvc.backends import backend
+from workers.lease import Lease
+with Lease(backend(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+TRY = """
+import sys, time
+from statsvc.backends import backend
+from statsvc.errors import LeaseError
+from workers.lease import Lease
+sys.stdin.readline()
+try:
+    with Lease(backend(sys.argv[1])):
+        time.sleep(0.5)
+        print("held")
+except LeaseError:
+    print("refused")
+"""
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Backend:
+    return backend(str(tmp_path))
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lease."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def held(storage: Backend, **changes: Any) -> dict[str, Any]:
+    """Write a lease as a driver would, held by this very process unless changed."""
+    now = time.time()
+    lease = {
+        "token": "t", "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time(),
+        "since": now, "heartbeat": now, **changes,
+    }  # fmt: skip
+    storage.write(LEASE, json.dumps(lease).encode())
+    return lease
+
+
+def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_lease_is_there_while_it_is_held_and_gone_afterwards(storage: Backend) -> None:
+    assert read_lease(storage) is None
+    with Lease(storage) as lease:
+        content = json.loads(read_lease(storage) or b"")
+        assert (content["host"], content["pid"]) == (socket.gethostname(), os.getpid())
+        lease.check()
+    assert read_lease(storage) is None
+
+
+def test_a_lease_is_given_back_when_the_driver_fails(storage: Backend) -> None:
+    with pytest.raises(RuntimeError), Lease(storage):
+        raise RuntimeError
+    assert read_lease(storage) is None
+    with Lease(storage):
+        pass
+
+
+def test_a_store_that_another_process_holds_is_refused_with_its_holder(
+    storage: Backend, holder: subprocess.Popen[str]
+) -> None:
+    before = read_lease(storage)
+    with pytest.raises(LeaseError, match=r"another driver holds this store: .*wait for it or stop it") as refused:
+        Lease(storage).__enter__()
+    assert f"process {holder.pid} on {socket.gethostname()}" in str(refused.value)
+    assert read_lease(storage) == before
+
+
+def test_once_the_holder_is_done_the_next_driver_has_it(storage: Backend, holder: subprocess.Popen[str]) -> None:
+    holder.communicate("")
+    with Lease(storage) as lease:
+        lease.check()
+
+
+def test_the_lease_of_a_driver_that_was_killed_is_taken_at_once(
+    storage: Backend, holder: subprocess.Popen[str]
+) -> None:
+    holder.kill()
+    holder.wait()
+    assert read_lease(storage) is not None
+    with Lease(storage) as lease:
+        lease.check()
+
+
+def test_a_killed_driver_that_nobody_has_reaped_yet_is_gone_too(
+    storage: Backend, holder: subprocess.Popen[str]
+) -> None:
+    # As in a container whose first process does not look after orphans.
+    os.kill(holder.pid, signal.SIGKILL)
+    eventually(lambda: psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE)
+    with Lease(storage) as lease:
+        lease.check()
+
+
+def test_a_driver_that_stands_still_keeps_its_lease_until_it_expires(
+    storage: Backend, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(LeaseError):
+        Lease(storage).__enter__()
+    monkeypatch.setattr(workers.lease, "EXPIRES_SECONDS", 0.0)
+    with Lease(storage):
+        pass
+
+
+def test_a_process_that_was_given_the_same_number_is_another(storage: Backend) -> None:
+    held(storage, started=psutil.Process().create_time() - 3600)
+    with Lease(storage):
+        pass
+
+
+def test_on_another_host_only_the_heartbeat_tells(storage: Backend) -> None:
+    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - EXPIRES_SECONDS + 5)
+    with pytest.raises(LeaseError, match=r"process 1 on elsewhere, since .*, last heartbeat 5\d s ago"):
+        Lease(storage).__enter__()
+    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - EXPIRES_SECONDS - 1)
+    with Lease(storage):
+        pass
+
+
+def test_a_clock_that_runs_ahead_elsewhere_does_not_break_the_lease(storage: Backend) -> None:
+    held(storage, host="elsewhere", heartbeat=time.time() + 30)
+    with pytest.raises(LeaseError, match="last heartbeat 0 s ago"):
+        Lease(storage).__enter__()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"null", b"[]", b"\xff", b'{"host": 1}', b'{"host": "x", "pid": 1, "started": "?"}']
+)
+def test_what_no_driver_wrote_is_replaced(storage: Backend, content: bytes) -> None:
+    storage.write(LEASE, content)
+    with Lease(storage) as lease:
+        lease.check()
+    assert read_lease(storage) is None
+
+
+@pytest.mark.parametrize("change", [{"heartbeat": "now"}, {"pid": "1"}, {"pid": -1}, {"pid": 2**40}])
+def test_a_lease_that_makes_no_sense_is_replaced(storage: Backend, change: dict[str, Any]) -> None:
+    held(storage, **change)
+    with Lease(storage):
+        pass
+
+
+# --- the heartbeat ---
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.lease, "HEARTBEAT_SECONDS", 0.02)
+
+
+def test_heartbeats_come_often_enough_to_miss_some() -> None:
+    assert EXPIRES_SECONDS >= 5 * HEARTBEAT_SECONDS
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_heartbeat_goes_on_while_the_lease_is_held(storage: Backend) -> None:
+    with Lease(storage):
+        beats = set[float]()
+
+        def beat() -> bool:
+            beats.add(json.loads(read_lease(storage) or b"{}")["heartbeat"])
+            return len(beats) > 3
+
+        eventually(beat)
+    assert read_lease(storage) is None
+    assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_driver_whose_lease_was_taken_over_stops_and_leaves_the_new_one_alone(storage: Backend) -> None:
+    with Lease(storage) as lease:
+        lease.check()
+        held(storage, token="of another")
+
+        def lost() -> bool:
+            try:
+                lease.check()
+            except LeaseError as error:
+                return "another driver took it over" in str(error)
+            return False
+
+        eventually(lost)
+        with pytest.raises(LeaseError, match="run again to go on"):
+            lease.check()
+    assert json.loads(read_lease(storage) or b"{}")["token"] == "of another"
+
+
+class Unreliable(LocalBackend):
+    """A storage that cannot be written for a while."""
+
+    broken = False
+
+    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+        if self.broken:
+            raise OSError(5, "Input/output error")
+        return super().swap(path, expected, data)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_storage_that_fails_for_a_moment_does_not_cost_the_lease(tmp_path: Path) -> None:
+    storage = Unreliable(str(tmp_path))
+    with Lease(storage) as lease:
+        storage.broken = True
+        time.sleep(0.1)
+        lease.check()
+        storage.broken = False
+        before = read_lease(storage)
+        eventually(lambda: read_lease(storage) != before)
+        lease.check()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_storage_that_fails_for_longer_than_a_lease_lasts_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Unreliable(str(tmp_path))
+    monkeypatch.setattr(workers.lease, "EXPIRES_SECONDS", 0.1)
+    lease = Lease(storage)
+    lease.__enter__()
+    storage.broken = True
+
+    def lost() -> bool:
+        try:
+            lease.check()
+        except LeaseError as error:
+            return "its heartbeat cannot be written: [Errno 5]" in str(error)
+        return False
+
+    eventually(lost)
+    lease.__exit__(None, None, None)
+
+
+# --- many at once ---
+
+
+def test_of_many_processes_that_begin_together_one_holds_the_store(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TRY, str(tmp_path)], stdin=-1, stdout=-1, text=True) for _ in range(5)
+    ]
+    time.sleep(1)  # for all of them to be ready
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = sorted(process.communicate()[0].strip() for process in processes)
+    assert answers == ["held", "refused", "refused", "refused", "refused"]
+
+
+def test_of_many_that_take_over_a_dead_drivers_lease_one_holds_the_store(storage: Backend) -> None:
+    held(storage, heartbeat=0.0)
+    barrier, answers, done = threading.Barrier(8), list[str](), threading.Event()
+
+    def take() -> None:
+        lease = Lease(storage)
+        barrier.wait()
+        try:
+            with lease:
+                answers.append("held")
+                done.wait(10)
+        except LeaseError:
+            answers.append("refused")
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(answers) == 8)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == ["held"] + ["refused"] * 7
