@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import click
 
-from statsvc.errors import Interrupted, PlanError, StatsvcError
+from statsvc.errors import DiskFull, Interrupted, PlanError, StatsvcError
 
 log = logging.getLogger("statsvc")
 DONE, DAMAGED, WRONG, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -67,12 +69,10 @@ def status(location: str, as_json: bool) -> int:
 @click.option("--repair", is_flag=True, help="Remove damaged objects and their commits; the next run restores them.")
 def verify(location: str, as_json: bool, repair: bool) -> int:
     """Check every checksum, count, digest and zarr.json; print one line per damaged object."""
-    from statsvc.store import open_store
-    from statsvc.verify import repair as mend
+    from statsvc.repair import repair as mend
     from statsvc.verify import verify_store
 
-    store = open_store(location)
-    checked, damage = verify_store(store)
+    checked, damage = verify_store(location)
     if as_json:
         click.echo(json.dumps({"checked": checked, "damaged": [d._asdict() for d in damage]}, indent=2))
     else:
@@ -80,7 +80,7 @@ def verify(location: str, as_json: bool, repair: bool) -> int:
             click.echo(f"{damaged.path}: {damaged.reason}")
         click.echo(f"{checked} objects checked, {len(damage)} damaged")
     if repair and damage:
-        removed = mend(store, damage)
+        removed = mend(location, damage)
         click.echo(f"removed {removed} objects and commits; `statsvc run PLAN` restores them", err=as_json)
     return DAMAGED if damage else DONE
 
@@ -112,7 +112,12 @@ def _guarded(command: Callable[[], Any]) -> int:
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         click.echo(str(error) or "interrupted", err=True)
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return DONE  # whoever read our output had enough of it
     except (StatsvcError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            error = DiskFull("the disk of the store is full; free some space, then run the same command to go on")
         click.echo(f"error: {error}", err=True)
         return FAILED
     except Exception as error:

@@ -175,6 +175,12 @@ def fit_path(teacher: str) -> str:
     return f".statsvc/commits/fit/{teacher}.json"
 
 
+def pilot_path(teachers: list[str]) -> str:
+    """Which dataset shards were the pilot of teachers that were measured together: {teachers, shards}."""
+    name = hashlib.sha256("/".join(sorted(teachers)).encode()).hexdigest()[:16]
+    return f".statsvc/commits/pilot/{name}.json"
+
+
 def transform_path(digest: str) -> str:
     """A transform artifact."""
     return f".statsvc/transforms/{digest}.safetensors"

@@ -148,6 +148,11 @@ class Ledger:
         self._read[commit.path] = commit
 
 
+def teachers_with_commits(backend: Backend) -> list[str]:
+    """The teachers for which anything was done, whatever became of their metadata."""
+    return sorted({name for phase in ("measure", "cache") for name in backend.list(commit_folder(phase))})
+
+
 def attributes(backend: Backend, path: str, *required: str) -> dict[str, Any]:
     """The attributes of the Zarr group or array at a path (\"\" is the root). Raises DamagedObject."""
     name = f"{path}/zarr.json".lstrip("/")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from statsvc.arrays import open_feature_shard, read_chunk
-from statsvc.backends import Backend, backend
-from statsvc.canonical import canonical_json, sha256
+from statsvc.backends import backend
+from statsvc.canonical import sha256
 from statsvc.checksum import CRC_NBYTES
 from statsvc.errors import DamagedObject, StatsvcError
 from statsvc.layout import (
@@ -22,15 +20,14 @@ from statsvc.layout import (
     commit_folder,
     commit_path,
     fit_path,
-    group_metadata,
-    groups,
     moments_arrays,
     report_path,
     sample_arrays,
     teacher_status,
     transform_path,
 )
-from statsvc.ledger import Commit, Ledger, attributes
+from statsvc.ledger import Commit, Ledger, teachers_with_commits
+from statsvc.metadata import array_faults, root_fault, teacher_fault
 from statsvc.normalizations import moments_digest
 from statsvc.store import Store, Teacher, open_store
 
@@ -38,7 +35,7 @@ ROOT = "zarr.json"
 
 
 class Damage(NamedTuple):
-    """A damaged object, and the commit that vouches for it (None: nothing but the object itself is to be made anew)."""
+    """A damaged object, and the commit that vouches for it (None: only the object itself has to be made anew)."""
 
     path: str
     reason: str
@@ -46,14 +43,14 @@ class Damage(NamedTuple):
 
 
 def verify_store(location: str) -> tuple[int, list[Damage]]:
-    """How many objects were checked, and those that are damaged, by path. Raises StoreError where there is no store."""
+    """How many objects were checked, and those that are damaged, by path. Raises where there is no store."""
     storage = backend(location)
     if not storage.exists() and Ledger(storage).shards("index"):
         return 1, [Damage(ROOT, "missing", None)]
     try:
         check = _Check(open_store(location))
     except DamagedObject as error:
-        return 1, [Damage(ROOT, _reason(ROOT, error), None)]
+        return 1, [_damage(ROOT, error, None)]
     check.everything()
     return check.checked, [check.damage[path] for path in sorted(check.damage)]
 
@@ -64,89 +61,49 @@ class _Check:
     def __init__(self, store: Store) -> None:
         self.store, self.checked, self.damage = store, 0, dict[str, Damage]()
         self._rows = store.rows_per_shard
-        self._groups = set[str]()
-        self._arrays = list[tuple[ArraySpec, int, Any]]()  # with the dataset shards it must have room for, and zarr.json
+        self._arrays = list[tuple[ArraySpec, int]]()  # that are there, with the dataset shards they must have room for
 
     def damaged(self, path: str, reason: object, commit: str | None) -> None:
-        self.damage.setdefault(path, Damage(path, _reason(path, reason), commit))
+        self.damage.setdefault(path, _damage(path, reason, commit))
 
     def everything(self) -> None:
         index = list(self.commits("index"))
-        if not self.root(index):
-            return  # nothing could be found in its place
+        self.checked += 1
+        if fault := root_fault(self.store, index):
+            self.damaged(ROOT, fault, None)
+            return  # in its light, everything else would look wrong
         for commit in index:
             self.objects(commit, None)
-        for spec in sample_arrays(self._rows).values():
-            self.array(spec, _shards(index))
-        for name in sorted({*self.store.teachers(), *_teachers_with_commits(self.store.backend)}):
-            teacher = self.teacher(name)
-            if teacher is not None:
-                self.work(teacher, {commit.shard for commit in index})
-        self.shapes()
+        self._arrays += [(spec, _shards(index)) for spec in sample_arrays(self._rows).values()]
+        for name in sorted({*self.store.teachers(), *teachers_with_commits(self.store.backend)}):
+            self.checked += 1
+            if fault := teacher_fault(self.store, name):
+                self.damaged(f"teachers/{name}/{ROOT}", fault, None)
+            else:
+                self.teacher(self.store.teacher(name), {commit.shard for commit in index})
+        for path, fault in array_faults(self.store.backend, self._arrays):
+            self.checked += 1
+            if fault:
+                self.damaged(path, fault, None)
 
-    def root(self, index: list[Commit]) -> bool:
-        about, found = attributes(self.store.backend, ""), json.loads(self.store.backend.read(ROOT))
-        kept = {(record.bytes - CRC_NBYTES) // 16 for commit in index for record in commit.objects}
-        self.checked += 1
-        if found != json.loads(group_metadata(about)):
-            self.damaged(ROOT, "not the metadata of a Zarr group", None)
-        elif kept - {self._rows}:
-            self.damaged(ROOT, f"rows_per_shard is {self._rows}, the dataset shards were indexed with {kept}", None)
-        else:
-            for name in self.store.teachers():
-                settings = self._settings(name)
-                if settings and settings["views"] != about.get("views"):
-                    self.damaged(ROOT, f"its views are not those of teacher {name}", None)
-        return ROOT not in self.damage
-
-    def _settings(self, name: str) -> dict[str, Any] | None:
-        """What the fingerprint of a teacher was taken of; None where it was not."""
-        try:
-            about = attributes(self.store.backend, f"teachers/{name}")
-            settings: dict[str, Any] = about["settings"]
-            return settings if sha256(canonical_json(settings)) == about["fingerprint"] else None
-        except (StatsvcError, LookupError, TypeError, ValueError):
-            return None
-
-    def teacher(self, name: str) -> Teacher | None:
-        """The teacher, unless its own metadata is damaged: then nothing can be said about the rest."""
-        path = f"teachers/{name}/zarr.json"
-        self.checked += 1
-        try:
-            found = json.loads(self.store.backend.read(path))
-            teacher, settings = Teacher(self.store, name), self._settings(name)
-            if found != json.loads(group_metadata(found["attributes"])):
-                raise ValueError("not the metadata of a Zarr group")
-            if settings is None or any(settings[key] != teacher.preprocessing[key] for key in ("size", "mean", "std")):
-                raise ValueError("settings, preprocessing and fingerprint do not belong together")
-            for shard in self.store.ledger.shards("measure", name)[:1]:
-                _check_outputs(teacher, shard)
-        except FileNotFoundError:
-            self.damaged(path, "missing", None)
-        except (StatsvcError, LookupError, TypeError, ValueError) as error:
-            self.damaged(path, error, None)
-        return None if path in self.damage else teacher
-
-    def work(self, teacher: Teacher, indexed: set[int]) -> None:
+    def teacher(self, teacher: Teacher, indexed: set[int]) -> None:
         """All that was done for one teacher."""
-        name, cached = teacher.name, self.store.backend.list(commit_folder("cache", teacher.name))
-        units = {cache_set: list(self.commits("cache", teacher, cache_set)) for cache_set in cached}
-        measured = list(self.commits("measure", teacher))
+        measured, cached = list(self.commits("measure", teacher)), list[Commit]()
         for output, shape in teacher.outputs.items():
-            for spec in moments_arrays(name, output, shape.dim).values():
-                self.array(spec, _shards(measured))
-        every = measured + [commit for commits in units.values() for commit in commits]
-        self.array(teacher_status(name, self._rows), _shards(every))
-        for commit in every:
+            specs = moments_arrays(teacher.name, output, shape.dim)
+            self._arrays += [(spec, _shards(measured)) for spec in specs.values()]
+        for cache_set in self.store.backend.list(commit_folder("cache", teacher.name)):
+            commits = list(self.commits("cache", teacher, cache_set))
+            for output in teacher.outputs if commits else ():
+                specs = _cache_specs(teacher, commits[0], output)
+                self._arrays += [(spec, _shards(commits)) for spec in specs.values()]
+            cached += commits
+        self._arrays.append((teacher_status(teacher.name, self._rows), _shards(cached)))
+        for commit in measured + cached:
             self.objects(commit, teacher)
             if commit.shard not in indexed:
                 self.damaged(commit_path("index", commit.shard), f"missing, though {commit.path} is there", None)
-        for commits in units.values():
-            for commit in commits[:1]:
-                for output in teacher.outputs:
-                    for spec in _cache_specs(teacher, commit, output).values():
-                        self.array(spec, _shards(commits))
-        self.fits(teacher, bool(sum(units.values(), [])))
+        self.fits(teacher, bool(cached))
 
     def commits(self, phase: str, teacher: Teacher | None = None, cache_set: str | None = None) -> Iterator[Commit]:
         """The sound commits of a phase."""
@@ -156,113 +113,138 @@ class _Check:
             self.checked += 1
             try:
                 commit = self.store.ledger.read(phase, shard, name, cache_set)
+                assert commit is not None  # it was listed
+                if teacher and commit.fingerprint != teacher.fingerprint:
+                    raise DamagedObject(f"made with fingerprint {commit.fingerprint}, not the teacher's")
+                if cache_set and [_fit_of(commit)] != cache_set.split("-")[-2:-1]:
+                    raise DamagedObject("made with transforms of another fit than that of its cache set")
+                due = {spec.object(shard) for spec in _expected(self._rows, commit, teacher)}
+                if {record.path for record in commit.objects} != due:
+                    raise DamagedObject("vouches for other objects than its unit has")
             except DamagedObject as error:
                 self.damaged(path, error, path)
                 continue
-            if commit is None:
-                continue  # a run removed it meanwhile
-            if teacher and commit.fingerprint != teacher.fingerprint:
-                self.damaged(path, f"made with fingerprint {commit.fingerprint}, not the teacher's", path)
-            elif cache_set and _fit_of(commit) != cache_set.split("-")[-2:-1]:
-                self.damaged(path, "made with transforms of another fit than that of its cache set", path)
-            else:
-                yield commit
+            yield commit
 
     def objects(self, commit: Commit, teacher: Teacher | None) -> None:
         """Everything that a commit vouches for, and what it counts."""
-        try:
-            expected = list(_expected(self._rows, commit, teacher))
-        except (StatsvcError, LookupError) as error:
-            self.damaged(commit.path, error, commit.path)
-            return
-        if {record.path for record in commit.objects} != {spec.object(commit.shard) for spec in expected}:
-            self.damaged(commit.path, "vouches for other objects than its unit has", commit.path)
-            return
-        counted: dict[str, np.ndarray] = {}
-        for spec in expected:
+        arrays: dict[str, np.ndarray] = {}
+        for spec in _expected(self._rows, commit, teacher):
             self.checked += 1
             try:
-                if spec.sharded:
-                    shard_file = open_feature_shard(self.store.backend, spec, commit.shard, commit)
-                    shard_file.verify_all()
-                    counted[spec.path.rpartition("/")[2]] = shard_file.present_R
-                else:
-                    chunk = read_chunk(self.store.backend, spec, commit.shard, commit)
-                    counted[spec.path.rpartition("/")[2]] = chunk
+                arrays[spec.path.rpartition("/")[2]] = self._read(spec, commit)
             except DamagedObject as error:
                 self.damaged(spec.object(commit.shard), error, commit.path)
-        for reason in _miscounts(commit, counted):
+        for reason in _miscounts(commit, arrays):
             self.damaged(commit.path, reason, commit.path)
 
+    def _read(self, spec: ArraySpec, commit: Commit) -> np.ndarray:
+        """The array, or of a feature shard which rows are present. Raises DamagedObject."""
+        if not spec.sharded:
+            return read_chunk(self.store.backend, spec, commit.shard, commit)
+        shard_file = open_feature_shard(self.store.backend, spec, commit.shard, commit)
+        shard_file.verify_all()
+        return shard_file.present_R
+
     def fits(self, teacher: Teacher, in_use: bool) -> None:
-        path, ledger = fit_path(teacher.name), self.store.ledger
+        path = fit_path(teacher.name)
+        self.checked += 1
         try:
             fits = teacher.fits()
         except DamagedObject as error:
             self.damaged(path, error, path)
             return
         if in_use and not fits:
-            self.damaged(path, "missing, though targets made with it are there", path)
-        self.checked += 1
-        found = [(output, method, fit) for output, methods in fits.items() for method, fit in methods.items()]
-        for output, method, digest in found:
-            if not isinstance(digest, str):
-                continue
-            self.checked += 2
-            try:
-                report = self.store.report(digest)
-                if report["digest"] != digest:
-                    raise DamagedObject("a report on another transform")
-                for shard in report["pilot"]:
-                    if ledger.read("measure", shard, teacher.name) is None:
-                        self.damaged(commit_path("measure", shard, teacher.name), "missing, though it was fitted", path)
-            except StatsvcError as error:
-                self.damaged(report_path(digest), error, path)
-                continue
-            try:
-                transform = self.store.transform(digest)
-            except DamagedObject as error:
-                self.damaged(transform_path(digest), error, path)
-                continue
-            if (transform.method, transform.output, transform.fingerprint) != (method, output, teacher.fingerprint):
-                self.damaged(path, f"{digest} is not {method} of {output}", path)
-                continue
-            try:
-                moments = teacher.pilot_moments(output, report["pilot"])
-            except StatsvcError:
-                continue  # found above
-            if transform.moments_digest != moments_digest(moments):
-                self.damaged(transform_path(digest), "fitted to other moments than the pilot's", path)
+            self.damaged(path, "missing, though there are targets that were made with it", path)
+        for output, methods in fits.items():
+            for method, digest in methods.items():
+                if isinstance(digest, str):
+                    self.fit(teacher, output, method, digest)
 
-    def array(self, spec: ArraySpec, shards: int) -> None:
-        """zarr.json of an array that must have room for so many dataset shards, and of the groups above it."""
-        for group in groups(spec.path):
-            if group not in self._groups and not (group.startswith("teachers/") and group.count("/") == 1):
-                self._groups.add(group)
-                if self._document(group) not in (None, json.loads(group_metadata({}))):
-                    self.damaged(f"{group}/zarr.json", "not the metadata of a Zarr group", None)
-        found = self._document(spec.path)
-        if found is not None:
-            self._arrays.append((spec, shards, found))
-
-    def _document(self, path: str) -> Any:
-        self.checked += 1
+    def fit(self, teacher: Teacher, output: str, method: str, digest: str) -> None:
+        """The transform that a fit commit names, its report, and the moments that both were made from."""
+        path, pilot = fit_path(teacher.name), list[int]()
+        self.checked += 2
         try:
-            return json.loads(self.store.backend.read(f"{path}/zarr.json"))
-        except FileNotFoundError:
-            self.damaged(f"{path}/zarr.json", "missing", None)
-        except ValueError as error:
-            self.damaged(f"{path}/zarr.json", f"not JSON: {error}", None)
-        return None
+            report = self.store.report(digest)
+            if report["digest"] != digest:
+                raise DamagedObject("a report on another transform")
+            pilot = report["pilot"]
+        except DamagedObject as error:
+            self.damaged(report_path(digest), error, path)
+        for shard in pilot:
+            if self.store.backend.size(commit_path("measure", shard, teacher.name)) is None:
+                self.damaged(commit_path("measure", shard, teacher.name), "missing, though it was fitted", path)
+        try:
+            transform = self.store.transform(digest)
+        except DamagedObject as error:
+            self.damaged(transform_path(digest), error, path)
+            return
+        if (transform.method, transform.output, transform.fingerprint) != (method, output, teacher.fingerprint):
+            self.damaged(path, f"names {digest} as {method} of {output}, which it is not", path)
+            return
+        try:
+            moments = teacher.pilot_moments(output, pilot) if pilot else None
+        except StatsvcError:
+            return  # found already, in the measure phase
+        if moments and transform.moments_digest != moments_digest(moments):
+            self.damaged(transform_path(digest), "fitted to other moments than those of its pilot", path)
 
-    def shapes(self) -> None:
-        """Arrays grow one after the other, so a run that was stopped leaves two lengths; never one for itself."""
-        lengths = [_length(found) // spec.rows for spec, _, found in self._arrays]
-        how_many = Counter(lengths)
-        for (spec, shards, found), length in zip(self._arrays, lengths, strict=True):
-            grown = length if length >= shards and (length == shards or how_many[length] > 1) else shards
-            due = json.loads(spec.metadata(grown))
-            if found != due:
-                keys = due.keys() | found.keys() if isinstance(found, dict) else due.keys()
-                wrong = [key for key in sorted(keys) if not isinstance(found, dict) or found.get(key) != due.get(key)]
-                self.damaged(f"{spec.path}/zarr.json", f"{', '.join(wrong)}: not as the commits say", None)
+
+def _damage(path: str, reason: object, commit: str | None) -> Damage:
+    return Damage(path, str(reason).removeprefix(f"{path}: "), commit)
+
+
+def _shards(commits: list[Commit]) -> int:
+    """How many dataset shards an array must have room for."""
+    return 1 + max((commit.shard for commit in commits), default=-1)
+
+
+def _fit_of(commit: Commit) -> str:
+    """The part of a cache set's name that says which fit it was made with."""
+    return sha256(*(digest.encode() for _, digest in sorted((commit.transform or {}).items())))[:12]
+
+
+def _expected(rows: int, commit: Commit, teacher: Teacher | None) -> Iterator[ArraySpec]:
+    """The arrays that a commit must vouch for."""
+    samples = sample_arrays(rows)
+    if teacher is None:
+        yield samples["key_hash"]
+        return
+    for output, shape in teacher.outputs.items():
+        if commit.phase == "measure":
+            yield from moments_arrays(teacher.name, output, shape.dim).values()
+        else:
+            yield from _cache_specs(teacher, commit, output).values()
+    if commit.phase == "cache":
+        yield from (samples["status"], samples["views"], teacher_status(teacher.name, rows))
+
+
+def _cache_specs(teacher: Teacher, commit: Commit, output: str) -> dict[str, ArraySpec]:
+    """What the arrays of a cache set must be, by one of its commits."""
+    set_ = commit.set or ""
+    means = f"teachers/{teacher.name}/cache/{set_}/{output}/target_mean/c/{commit.shard}/0"
+    nbytes = next((record.bytes for record in commit.objects if record.path == means), 0)
+    return cache_arrays(
+        teacher.name,
+        set_,
+        output,
+        dtype=set_.rpartition("-")[2],
+        transform=(commit.transform or {}).get(output, ""),
+        tokens=teacher.output(output).tokens,
+        k=max(nbytes - CRC_NBYTES, 4) // 4,
+        rows=teacher.store.rows_per_shard,
+    )
+
+
+def _miscounts(commit: Commit, arrays: dict[str, np.ndarray]) -> Iterator[str]:
+    """What a commit counts, against what its objects hold. Outputs of one teacher count alike."""
+    if "key_hash" in arrays and int(arrays["key_hash"].any(axis=1).sum()) != commit.samples:
+        yield f"counts {commit.samples} samples, samples/key_hash holds others"
+    if "images" in arrays and int(arrays["images"].sum()) != commit.rows:
+        yield f"counts {commit.rows} images, the moments hold {int(arrays['images'].sum())}"
+    present = arrays.get("codes", arrays.get("values"))
+    if present is not None and int(present.sum()) != commit.rows:
+        yield f"counts {commit.rows} rows, the feature shard holds {int(present.sum())}"
+    if "status" in arrays and int((arrays["status"] == OK).sum()) != (commit.status or {}).get(STATUS_NAMES[OK], 0):
+        yield f"counts {commit.status}, the status array holds others"

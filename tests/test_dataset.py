@@ -81,7 +81,9 @@ def test_a_shard_that_is_named_twice_is_taken_once(folder: Path) -> None:
 
 def test_two_files_of_one_name_are_refused_with_both_paths(folder: Path) -> None:
     (folder / "more/p-0001.tar").write_bytes(b"another")
-    with pytest.raises(PlanError, match=r"data\.shards: .*photos/p-0001\.tar and .*more/p-0001\.tar have one name.*link"):
+    with pytest.raises(
+        PlanError, match=r"data\.shards: .*photos/p-0001\.tar and .*more/p-0001\.tar have one name.*link"
+    ):
         expand(("photos/*.tar", "more/*.tar"))
 
 

@@ -50,7 +50,7 @@ def test_phi_s_gives_every_channel_variance_one_at_every_width_and_for_every_spe
     assert np.abs(output_variances(matrix_DD, covariance_DD) - 1).max() <= 1e-12  # measured: at most 2e-14
     # Served as float32, entries are rounded by at most 2^-24 of themselves, 2^-25.8 rms, and a variance by twice the
     # sum over a row. Where few directions hold all variance that sum is smaller than its terms and nothing averages
-    # out: 5 sigma of 2 * 2^-25.8. Elsewhere, as for real teachers, it is the contract's 2e-7. Measured: 1.2e-7.
+    # out: 5 sigma of 2 * 2^-25.8, measured 1.9e-7. Elsewhere, as for real teachers, 2e-7 is due: measured 7e-8.
     few_directions = kind in ("rank one", "spiked")
     rounded_DD = matrix_DD.astype(np.float32)
     assert np.abs(output_variances(rounded_DD, covariance_DD) - 1).max() <= (3e-7 if few_directions else 2e-7)

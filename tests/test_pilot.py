@@ -237,7 +237,8 @@ def test_patches_decide_and_the_summary_only_where_there_are_none(tmp_path: Path
 
 @pytest.mark.parametrize("gains", [AGREE, UNEQUAL])
 @pytest.mark.parametrize(
-    ("images", "complete"), [(9, [False, True, True]), (17, [False, False, True]), ("all", [False, False, False])]
+    ("images", "complete"),
+    [(9, [False, True, True]), (16, [False, True, True]), (17, [False, False, True]), ("all", [False, False, False])],
 )
 def test_a_number_of_images_is_taken_whether_converged_or_not(
     images: Any, complete: list[bool], gains: tuple[float, float], tmp_path: Path

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def user(tmp_path: Path) -> dict[str, str]:
     for shard in range(2):
         write_shard(tmp_path / "photos" / f"train-{shard:06d}.tar", range(shard * 3, shard * 3 + 3))
     torch.manual_seed(0)
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    layers: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     siglip = SiglipConfig(
         text_config={"hidden_size": 32, "vocab_size": 100, **layers},
         vision_config={"hidden_size": 32, "image_size": 224, "patch_size": 16, **layers},

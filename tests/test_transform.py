@@ -276,6 +276,7 @@ def test_what_was_written_is_read_back(transform: Transform) -> None:
 
 def test_an_artifact_of_another_version_is_read_and_keeps_its_bytes() -> None:
     older = replace(fitted(), statsvc_version="0.0.1")
+    assert b'"statsvc_version":"0.0.1"' in older.to_bytes()
     assert Transform.from_bytes(older.to_bytes(), older.digest).to_bytes() == older.to_bytes()
 
 

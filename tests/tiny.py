@@ -144,8 +144,11 @@ class InProcess:
         return Ready({name: teacher.outputs for name, teacher in self._loaded.items()}, {"device": "cpu"})
 
     def run(self, units: Iterable[Unit], on_images: Callable[[int], None]) -> Iterator[Result]:
+        storage, threads = backend(self._setup.plan.store), torch.get_num_threads()
         for unit in units:
-            run_unit(unit, backend(self._setup.plan.store), self._loaded, self._decoders, on_images)
+            torch.set_num_threads(self._setup.threads)  # as workers do, so that they would give the same bytes
+            run_unit(unit, storage, self._loaded, self._decoders, on_images)
+            torch.set_num_threads(threads)
             yield Result(unit)
 
     def close(self) -> None:

@@ -11,13 +11,15 @@ from statsvc.errors import PlanError
 from statsvc.layout import (
     ArraySpec,
     cache_arrays,
+    commit_folder,
     fit_path,
+    groups,
     moments_arrays,
     sample_arrays,
     set_name,
     teacher_status,
 )
-from statsvc.ledger import attributes
+from statsvc.ledger import Commit, Ledger, attributes, unseal
 from statsvc.plan import Plan
 from statsvc.store import Store
 from workers.dataset import expand
@@ -27,6 +29,7 @@ from workers.job import TeacherJob, Unit
 from workers.pilot import Pilot
 from workers.record import RunRecord
 from workers.teachers import resolve
+from workers.teachers.base import Resolved
 
 PHASES = ("index", "measure", "cache")
 
@@ -35,17 +38,21 @@ class Agenda:
     """Everything it knows is read from the plan, the files it names and the store.
 
     shards    the plan's dataset shards by name
+    changed   those that are not what was indexed, with the reason: nothing is done with them
     numbers   the number of each dataset shard in the store
     settings  what decides the numbers of each teacher (see fingerprint)
 
     Raises PlanError, before anything is written, for all that can be wrong with a plan short of loading its teachers.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, resolved: dict[str, Resolved] | None = None) -> None:
         self.plan = plan
         self.shards = {shard.name: shard for shard in expand(plan.data.shards)}
-        self.resolved = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}
+        if resolved is None:  # hashing the weights takes a while
+            resolved = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}
+        self.resolved = resolved
         self.backend = backend(plan.store)
+        self.backend.check()
         self.record = RunRecord(self.backend)
         self._store = Store(self.backend) if self.backend.exists() else None
         stored: dict[str, Any] = {}
@@ -56,15 +63,26 @@ class Agenda:
                     f"data.rows_per_shard: {plan.data.rows_per_shard} differs from the {kept} that the store "
                     f"{plan.store!r} was made with; leave the key out, or use another store"
                 )
+            if list(plan.data.images) != (known := attributes(self.backend, "").get("images")):
+                raise PlanError(
+                    f"data.images: {list(plan.data.images)} differs from the {known} that decided which images are "
+                    f"the rows of the store {plan.store!r}; use those, or another store"
+                )
             stored = {name: attributes(self.backend, f"teachers/{name}")["settings"] for name in self._store.teachers()}
-        elif foreign := [name for name in self.backend.list("") if name != ".statsvc"]:
+        elif (foreign := [name for name in self.backend.list("") if name != ".statsvc"]) and not self.indexed_rows:
             raise PlanError(
                 f"store: {plan.store!r} holds {foreign[0]!r} and is no store; name a new or an empty folder"
             )
         self.settings: dict[str, dict[str, Any]] = {}
-        for name, resolved in self.resolved.items():
-            self.settings[name] = settle(name, plan, resolved, stored | self.settings)
+        for name, teacher in resolved.items():
+            self.settings[name] = settle(name, plan, teacher, stored | self.settings)
         self.numbers = self.known_numbers()
+        self.changed = self._changed()
+
+    @property
+    def indexed_rows(self) -> int | None:
+        """Rows of a dataset shard, as the index has it: also where the root of the store was lost."""
+        return next((commit.objects[0].bytes // 16 for commit in self._index()), None)
 
     @property
     def has_store(self) -> bool:
@@ -82,24 +100,41 @@ class Agenda:
             return True
         if any(not self.is_fitted(name) for name in self.plan.teachers):
             return True
-        if any(self.backend.size(f"{spec.path}/zarr.json") is None for spec in self.arrays()):
+        described = {path for spec in self.arrays() for path in (spec.path, *groups(spec.path))}
+        if any(self.backend.size(f"{path}/zarr.json") is None for path in described):
             return True
         return any(True for _ in self.cache_units())
 
     def known_numbers(self) -> dict[str, int]:
         """The number of every dataset shard that the store has indexed."""
-        if not self.has_store:
-            return {}
-        commits = (self.store.ledger.read("index", shard) for shard in self.store.ledger.shards("index"))
-        return {commit.name: commit.shard for commit in commits if commit is not None and commit.name is not None}
+        return {commit.name: commit.shard for commit in self._index() if commit.name is not None}
+
+    def _index(self) -> Iterator[Commit]:
+        ledger = self.store.ledger if self.has_store else Ledger(self.backend)
+        for shard in ledger.shards("index"):
+            if (commit := ledger.read("index", shard)) is not None:
+                yield commit
 
     def usable(self, phase: str) -> list[str]:
         """The plan's dataset shards that are not quarantined in a phase or one before it."""
         bad = {name for before in PHASES[: PHASES.index(phase) + 1] for name in self.record.quarantined(before)}
-        return [name for name in self.shards if name not in bad]
+        return [name for name in self.shards if name not in bad and name not in self.changed]
+
+    def _changed(self) -> dict[str, str]:
+        """The dataset shards whose size is not that of their index. What else changes is found by its checksum."""
+        found = {}
+        for commit in self._index():
+            shard = self.shards.get(commit.name or "")
+            if shard is not None and (size := Path(shard.location).stat().st_size) != commit.size:
+                found[shard.name] = (
+                    f"has changed since it was indexed: {size} bytes, then {commit.size}; restore the file, or give "
+                    "the new one another name"
+                )
+        return found
 
     def is_fitted(self, teacher: str) -> bool:
-        return self.backend.size(fit_path(teacher)) is not None
+        there = self.has_store and teacher in self.store.teachers()
+        return there and self.backend.size(fit_path(teacher)) is not None
 
     def arrays(self) -> Iterator[ArraySpec]:
         """Every array that the store must describe by now: of samples, of its teachers, of those that are fitted."""
@@ -126,6 +161,15 @@ class Agenda:
                     k=reports[output][self.plan.normalize]["rank"],
                     rows=rows,
                 ).values()
+
+    def known_pilot(self, teachers: list[str]) -> dict[str, Any] | None:
+        """The pilot that some of these teachers were measured with already: {teachers, shards}."""
+        folder = commit_folder("pilot")
+        for name in self.backend.list(folder):
+            record = unseal(f"{folder}/{name}", self.backend.read(f"{folder}/{name}"))
+            if set(record["teachers"]) & set(teachers):
+                return record
+        return None
 
     def measure_units(self, teachers: list[str], order: list[str], pilot: Pilot) -> Iterator[Unit]:
         """The units of the pilot that have no commit, until the pilot is complete."""
@@ -180,6 +224,10 @@ class Agenda:
         return TeacherJob(name, teacher.fingerprint, teacher.outputs, cache_set, dtype, transforms)
 
     def _unit(self, phase: str, name: str, teachers: list[TeacherJob]) -> Unit:
+        if name not in self.shards:
+            raise PlanError(
+                f"data.shards: {name} is needed again to measure its part of the pilot; name it in the plan"
+            )
         return Unit(
             phase=phase,
             shard=self.numbers[name],

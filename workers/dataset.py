@@ -45,8 +45,9 @@ def _expand_one(pattern: str) -> list[str]:
     for location in locations:
         _refuse_all_but_paths(location)
         location = os.path.expanduser(location)  # noqa: PTH111  (a Path would change what messages show)
+        is_pattern = glob.has_magic(location) and not Path(location).is_file()
         # glob, not Path.glob: patterns may be absolute.
-        matches = sorted(glob.glob(location, recursive=True)) if glob.has_magic(location) else [location]  # noqa: PTH207
+        matches = sorted(glob.glob(location, recursive=True)) if is_pattern else [location]  # noqa: PTH207
         if not matches:
             raise PlanError(f"data.shards: {location!r} matches no file; check the folder and the pattern")
         for match in matches:

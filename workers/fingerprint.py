@@ -20,17 +20,23 @@ def settle(name: str, plan: Plan, resolved: Resolved, stored: dict[str, Fields])
     Raises FingerprintMismatch, naming the fields, where the store holds this teacher with others.
     """
     before = stored.get(name, {})
-    chosen = before or next(iter(stored.values()), {}) or _defaults()
+    # One batch goes through all teachers on the same threads, so these two are one choice for the whole store.
+    shared = next(iter(stored.values()), None) or _defaults()
     precision, batch_size = resolved.plan.precision, plan.engine.batch_size
+    if batch_size not in ("auto", shared["batch_size"]) and stored and not before:
+        raise FingerprintMismatch(
+            f"engine.batch_size: {batch_size} differs from the {shared['batch_size']} that the other teachers of the "
+            f"store {plan.store!r} were made with; use that, or another store"
+        )
     fields: Fields = {
         "source": resolved.plan.source,
         "weights": resolved.weights,
         "taps": resolved.taps,
         **asdict(resolved.preprocessing),
-        "precision": chosen["precision"] if precision == "auto" else precision,
+        "precision": precision if precision != "auto" else (before or _defaults())["precision"],
         "views": plan.views.model_dump(),
-        "batch_size": chosen["batch_size"] if batch_size == "auto" else batch_size,
-        "threads": chosen["threads"],
+        "batch_size": shared["batch_size"] if batch_size == "auto" else batch_size,
+        "threads": shared["threads"],
     }
     fields["mean"], fields["std"] = list(fields["mean"]), list(fields["std"])
     differing = [key for key in fields if before and before.get(key) != fields[key]]
@@ -49,7 +55,7 @@ def fingerprint(fields: Fields) -> str:
 
 
 def _defaults() -> Fields:
-    """For a store that holds no teacher yet. Large batches on a GPU; on a CPU they only cost memory."""
+    """What neither plan nor store say. Large batches on a GPU; on a CPU they only cost memory."""
     import torch
 
     cuda = torch.cuda.device_count()

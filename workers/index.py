@@ -54,5 +54,6 @@ def index_shard(
 
 
 def printable(text: str) -> str:
-    """Text that JSON can hold: tar names may be any bytes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Text that JSON can hold and a terminal does not obey: tar names may be any bytes."""
+    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole)

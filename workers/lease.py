@@ -41,12 +41,7 @@ class Lease:
 
     def __enter__(self) -> Self:
         """Raises LeaseError, naming the holder, where another driver holds the store."""
-        current = read_lease(self._backend)
-        if current is not None and (holder := _alive(current)):
-            raise LeaseError(
-                f"another driver holds this store: {holder}; wait for it or stop it, then run again "
-                f"(a lease without a heartbeat expires after {EXPIRES_SECONDS:.0f} s)"
-            )
+        current = refuse_if_held(self._backend)
         self._written = self._beat()
         if not self._backend.swap(LEASE, current, self._written):
             raise LeaseError("another driver took this store a moment ago; wait for it or stop it, then run again")
@@ -81,6 +76,17 @@ class Lease:
 
     def _beat(self) -> bytes:
         return canonical_json({**self._mine, "heartbeat": time.time()})
+
+
+def refuse_if_held(backend: Backend) -> bytes | None:
+    """The lease that may be replaced. Raises LeaseError, naming the holder, where a driver holds the store."""
+    current = read_lease(backend)
+    if current is not None and (holder := _alive(current)):
+        raise LeaseError(
+            f"another driver holds this store: {holder}; wait for it or stop it, then run again "
+            f"(a lease without a heartbeat expires after {EXPIRES_SECONDS:.0f} s)"
+        )
+    return current
 
 
 def read_lease(backend: Backend) -> bytes | None:

@@ -19,14 +19,12 @@ class Bar(Protocol):
 
     def advance(self, images: int) -> None: ...
 
-    def note(self, text: str) -> None: ...
-
 
 class Display:
     """Lines go to standard output; progress to a bar where standard output is a terminal, else to lines."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False, soft_wrap=True, emoji=False)
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False)
@@ -37,10 +35,10 @@ class Display:
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), _Rate(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
             )  # fmt: skip
             with Progress(*columns, console=self.console) as progress:
-                yield _Terminal(progress, progress.add_task(name, total=total, note=""))
+                yield _Terminal(progress, progress.add_task(name, total=total))
         else:
             lines = _Lines(self, name, total, unit)
             yield lines
@@ -54,9 +52,6 @@ class _Terminal:
     def advance(self, images: int) -> None:
         self._progress.advance(self._task, images)  # type: ignore[arg-type]
 
-    def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)  # type: ignore[arg-type]
-
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -68,15 +63,11 @@ class _Lines:
         self._display, self._name, self._total, self._unit = display, name, total, unit
         self._begun = self._reported = time.monotonic()
         self._done = 0
-        self._note = ""
 
     def advance(self, images: int) -> None:
         self._done += images
         if time.monotonic() - self._reported >= LOG_SECONDS:
             self.report()
-
-    def note(self, text: str) -> None:
-        self._note = text
 
     def report(self) -> None:
         self._reported = time.monotonic()
@@ -86,4 +77,4 @@ class _Lines:
         text += f" {self._unit}, {rate:.1f}/s"
         if self._total is not None and rate > 0 and self._done < self._total:
             text += f", {(self._total - self._done) / rate:.0f} s left"
-        self._display.line(text + (f", {self._note}" if self._note else ""))
+        self._display.line(text)

@@ -30,7 +30,7 @@ class RunRecord:
         """Record what is being run."""
         self._content["plan"] = plan.model_dump(mode="json")
         self._content["locations"] = {name: shard.location for name, shard in shards.items()}
-        self._save()
+        self.save()
 
     def quarantined(self, phase: str) -> dict[str, str]:
         """The dataset shards given up in a phase, with the reason."""
@@ -48,11 +48,12 @@ class RunRecord:
     def quarantine(self, phase: str, name: str, problem: str) -> None:
         """Give a dataset shard up until the user says otherwise."""
         self._content.setdefault("quarantine", {}).setdefault(phase, {})[name] = problem
-        self._save()
+        self.save()
 
     def forget_quarantine(self) -> None:
-        """Try everything again; kept once `write` is called."""
+        """Try everything again; kept once the record is written."""
         self._content.pop("quarantine", None)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Keep the record as it is now."""
         self._backend.write(RUN, canonical_json(self._content))

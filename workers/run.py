@@ -7,18 +7,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from statsvc.arrays import declare_arrays, declare_group
+from statsvc.arrays import declare_arrays, declare_group, publish
 from statsvc.codec import codec
 from statsvc.errors import DiskFull, Interrupted, NoHadamardMatrix, PlanError, UnreadableShard
 from statsvc.hadamard import construction
-from statsvc.layout import FORMAT, Output, sample_arrays
-from statsvc.ledger import attributes
-from statsvc.plan import Plan
+from statsvc.layout import FORMAT, Output, pilot_path, sample_arrays
+from statsvc.ledger import attributes, seal
+from statsvc.plan import Plan, Statistics
 from workers.agenda import Agenda
 from workers.dataset import number, pilot_order
 from workers.engines import ENGINES
@@ -27,7 +28,7 @@ from workers.fingerprint import fingerprint
 from workers.fit import fit_teacher
 from workers.index import index_shard
 from workers.job import Unit
-from workers.lease import Lease
+from workers.lease import Lease, refuse_if_held
 from workers.pilot import Pilot
 from workers.progress import Display
 from workers.shards import ShardReader, ShardSummary
@@ -46,8 +47,12 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
     if retry:
         agenda.record.forget_quarantine()
     if not agenda.is_anything_missing():
+        if retry and not dry_run:
+            with Lease(agenda.backend):
+                agenda.record.save()
         show.line("nothing to do: every dataset shard of the plan is indexed, measured and cached")
         return _quarantine_report(agenda, show)
+    refuse_if_held(agenda.backend)  # before the teachers are loaded; taken, and asked for again, once they are
     with stopping_on_signals(show) as stopping:
         engine = ENGINES[plan.engine.kind](
             EngineSetup(
@@ -67,13 +72,13 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
                 print_plan(agenda, sizes, show)
                 return 0
             with Lease(agenda.backend) as lease:
-                agenda = Agenda(plan)  # what another driver did until a moment ago counts
+                agenda = Agenda(plan, agenda.resolved)  # what another driver did until a moment ago counts
                 if retry:
                     agenda.record.forget_quarantine()
                 Run(agenda, show, engine, ready, lease, stopping).all_phases()
         finally:
             engine.close()
-    agenda = Agenda(plan)
+    agenda = Agenda(plan, agenda.resolved)
     print_summary(agenda, show)
     return _quarantine_report(agenda, show)
 
@@ -94,12 +99,7 @@ class Run:
         self._record.write(self._plan, self._agenda.shards)
         self.index()
         self._declare_teachers()
-        unfitted = [name for name in self._plan.teachers if not self._agenda.is_fitted(name)]
-        if unfitted:
-            pilot = self.measure(unfitted)
-            for name in unfitted:
-                fit_teacher(self._agenda.store, name, pilot)
-                self._check()
+        self.fit()
         self.cache()
         self._backend.sweep()  # of workers that died and were replaced
 
@@ -107,7 +107,9 @@ class Run:
         """Number the dataset shards. Without rows_per_shard all new ones are read first, to learn what it must be."""
         agenda, summaries = self._agenda, dict[str, ShardSummary]()
         new = [name for name in agenda.usable("index") if name not in agenda.numbers]
-        rows = agenda.store.rows_per_shard if agenda.has_store else self._plan.data.rows_per_shard
+        rows = (
+            agenda.store.rows_per_shard if agenda.has_store else agenda.indexed_rows or self._plan.data.rows_per_shard
+        )
         if self._plan.data.rows_per_shard is None and new:
             with self._show.phase("index", len(new), "dataset shards") as bar:
                 for name in new:
@@ -119,10 +121,14 @@ class Run:
         if rows is None:
             rows = max((summary.samples for summary in summaries.values()), default=0)
         if not rows:
-            raise UnreadableShard(f"none of the {len(new)} dataset shards holds a sample; check data.shards")
+            raise UnreadableShard(
+                f"none of the {len(agenda.shards)} dataset shards of the plan holds a sample that could be read; check "
+                "data.shards, and after mending them use `statsvc run --retry`"
+            )
         if not agenda.has_store:
             views = self._plan.views.model_dump()
-            declare_group(self._backend, "", {"format": FORMAT, "rows_per_shard": rows, "views": views})
+            about = {"format": FORMAT, "rows_per_shard": rows, "views": views, "images": list(self._plan.data.images)}
+            declare_group(self._backend, "", about)
         for name in [name for name, summary in summaries.items() if summary.samples > rows]:
             self._quarantine("index", name, f"holds {summaries.pop(name).samples} samples, this store keeps {rows}")
         known = agenda.known_numbers()
@@ -133,11 +139,30 @@ class Run:
             index_shard(agenda.numbers[name], name, summary, rows, self._backend, agenda.store.ledger)
             self._check()
 
-    def measure(self, teachers: list[str]) -> Pilot:
-        """Measure dataset shards in pilot order until the pilot is complete, or all of them."""
+    def fit(self) -> None:
+        """Measure and fit the teachers that are not fitted.
+
+        The pilot is written down before the first fit. It holds for all its teachers, whatever dies between their fits,
+        and for a fit that has to be repaired after the store has grown.
+        """
         agenda = self._agenda
+        while unfitted := [name for name in self._plan.teachers if not agenda.is_fitted(name)]:
+            known = agenda.known_pilot(unfitted)
+            teachers = [name for name in unfitted if known is None or name in known["teachers"]]
+            pilot = self.measure(teachers, known["shards"] if known else None)
+            publish(self._backend, pilot_path(teachers), seal({"teachers": teachers, "shards": pilot.shards}))
+            for name in teachers:
+                fit_teacher(agenda.store, name, pilot)
+                self._check()
+
+    def measure(self, teachers: list[str], known: list[int] | None) -> Pilot:
+        """Measure dataset shards in pilot order until the pilot is complete or all are done; or a known pilot's."""
+        agenda, statistics = self._agenda, self._plan.statistics
         order = pilot_order([n for n in agenda.usable("measure") if n in agenda.numbers], self._plan.views.seed)
-        pilot = Pilot(agenda.store, teachers, self._plan.statistics, self._plan.normalize)
+        if known is not None:
+            names = {shard: name for name, shard in agenda.numbers.items()}
+            order, statistics = [names[shard] for shard in known], Statistics(images="all")
+        pilot = Pilot(agenda.store, teachers, statistics, self._plan.normalize)
         waiting = list(order)
 
         def take_measured() -> None:
@@ -150,11 +175,17 @@ class Run:
                 waiting.pop(0)
 
         take_measured()
-        wanted = self._plan.statistics.images or self._plan.statistics.max_images
-        there = sum(agenda.count_samples(name) for name in waiting)
-        with self._show.phase("measure", there if wanted == "all" else min(there, wanted)) as bar:
+        limit = statistics.images or statistics.max_images
+        samples = list(accumulate(agenda.count_samples(name) for name in waiting))
+        # Whole dataset shards are measured, so the last of them goes beyond the limit.
+        total = next(
+            (n for n in samples if limit != "all" and n + pilot.images >= limit), samples[-1] if samples else 0
+        )
+        with self._show.phase("measure", total) as bar:
             for result in self._engine.run(agenda.measure_units(teachers, order, pilot), bar.advance):
-                self._check()
+                self._lease.check()
+                if result.problem is not None and known is not None:
+                    raise UnreadableShard(f"dataset shard {result.unit.name} belongs to the pilot: {result.problem}")
                 if result.problem is not None:
                     self._quarantine("measure", result.unit.name, result.problem)
                     waiting.remove(result.unit.name)
@@ -172,7 +203,7 @@ class Run:
         self._check_space(units)
         with self._show.phase("cache", sum(agenda.count_samples(unit.name) for unit in units)) as bar:
             for result in self._engine.run(iter(units), bar.advance):
-                self._check()
+                self._lease.check()
                 if result.problem is not None:
                     self._quarantine("cache", result.unit.name, result.problem)
         self._stop_if_asked()
@@ -280,7 +311,9 @@ def stopping_on_signals(show: Display) -> Iterator[threading.Event]:
         if stopping.is_set():
             raise Interrupted(f"interrupted at once; all finished dataset shards are kept: {AGAIN}")
         stopping.set()
-        show.line("stopping after the dataset shards in flight; Ctrl-C again stops at once (nothing committed is lost)")
+        show.line(
+            "stopping; dataset shards in flight are finished first. Ctrl-C again stops at once, which loses only them"
+        )
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -292,9 +325,11 @@ def stopping_on_signals(show: Display) -> Iterator[threading.Event]:
 
 def _quarantine_report(agenda: Agenda, show: Display) -> int:
     """List what is quarantined; 1 if anything is, else 0."""
-    quarantined = agenda.record.all_quarantined()
+    quarantined = [found for found in agenda.record.all_quarantined() if found[1] in agenda.shards]
     for phase, name, problem in quarantined:
         show.line(f"quarantined in the {phase} phase: {name}: {problem}")
     if quarantined:
         show.line(f"{len(quarantined)} dataset shards are quarantined; mend them and use `statsvc run --retry`")
-    return 1 if quarantined else 0
+    for name, problem in agenda.changed.items():
+        show.line(f"refused: dataset shard {name} {problem}")
+    return 1 if quarantined or agenda.changed else 0

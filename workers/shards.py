@@ -39,6 +39,7 @@ class Sample:
     image      the encoded bytes; None if there is no usable image or the reader does not keep images
     extension  of the image, in lower case; "" without an image member
     problem    why there is no usable image, or None
+    unusable   whether there is an image that cannot be used, rather than none
     """
 
     position: int
@@ -46,6 +47,7 @@ class Sample:
     image: bytes | None
     extension: str
     problem: str | None
+    unusable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class _Group:
     image: bytes | None = None
     extension: str = ""
     problem: str | None = None  # why there is no image
+    unusable: bool = False
     remarks: list[str] = field(default_factory=list)  # what else was dropped
     extensions: dict[str, None] = field(default_factory=dict)  # in their order
 
@@ -143,6 +146,7 @@ class _Group:
         chosen = extension in images and not self.extension
         if chosen:
             self.extension = extension
+            self.unusable = self.problem is None and bool(cut or _unusable(member))
             self.problem = self.problem or cut or _unusable(member)
         elif extension in self.extensions:
             self.remarks.append(f"{member.name!r} stands twice; the first is kept")
@@ -158,7 +162,7 @@ class _Group:
             found = ", ".join(list(self.extensions)[:8]) + (", ..." if len(self.extensions) > 8 else "")
             self.problem = f"no image: it has {found}; data.images accepts {', '.join(images)}"
         problems += [Problem(self.key, self.position, reason) for reason in (self.problem, *self.remarks) if reason]
-        return Sample(self.position, self.key, self.image, self.extension, self.problem)
+        return Sample(self.position, self.key, self.image, self.extension, self.problem, self.unusable)
 
 
 def _unusable(member: tarfile.TarInfo) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from statsvc.arrays import read_chunk
+from statsvc.errors import UnreadableShard
 from statsvc.store import Store
 from workers.agenda import Agenda
 from workers.job import TeacherJob
@@ -95,7 +96,9 @@ def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Di
         )
     show.line(f"wrote {total / 1e6:.1f} MB to {location}; any Zarr client reads it")
     show.line(f"next: statsvc verify --store {location} checks every byte; statsvc status --store {location} counts")
-    show.line(f'      in Python: statsvc.open("{location}").teacher("{jobs[0].name}").targets("patches").read([0])')
+    output = next(iter(jobs[0].outputs))
+    show.line(f'      in Python: targets = statsvc.open("{location}").teacher("{jobs[0].name}").targets("{output}")')
+    show.line("                 targets.read(targets.rows()[:1])")
 
 
 def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> None:
@@ -105,9 +108,14 @@ def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> None
     unfitted = [name for name in agenda.plan.teachers if not agenda.is_fitted(name)]
     show.line(f"index: {len(new)} new dataset shards of {len(agenda.shards)}")
     show.line(f"measure and fit: {', '.join(unfitted) or 'nothing'}")
-    samples = {name: agenda.count_samples(name) for name in agenda.usable("cache")}
+    samples = {}
+    for name in agenda.usable("cache"):
+        try:
+            samples[name] = agenda.count_samples(name)
+        except UnreadableShard as error:
+            show.line(f"would be quarantined: {error}")
     for name in agenda.plan.teachers:
-        missing = agenda.uncached(name)
+        missing = [shard for shard in agenda.uncached(name) if shard in samples]
         rows = sum(samples[shard] for shard in missing)
         size = rows * row_bytes[name] / 1e6
         show.line(

@@ -48,18 +48,27 @@ def run_unit(
         for job, teacher in zip(unit.teachers, running, strict=True):
             sinks.append(SINKS[unit.phase](backend, job, unit.shard, samples, teacher.device))
         resizes = tuple(Resize(t.preprocessing.size, t.preprocessing.interpolation) for t in running)
-        decoded = decoders.map(_images(reader, unit), resizes)
+
+        def undecodable(sample: Sample, reason: str) -> None:
+            samples.status_C[sample.position] = UNDECODABLE
+            for sink in sinks:
+                sink.account.undecodable(Failure(printable(sample.key), sample.position, printable(reason)))
+
+        decoded = decoders.map(_images(reader, unit, undecodable), resizes)
+        done = 0
         # The device works on one batch while the host takes in the one before.
         launched: deque[tuple[Sink, Any]] = deque()
-        for batch in _batches(decoded, unit.batch_size, samples, [sink.account for sink in sinks]):
+        for batch in _batches(decoded, unit.batch_size, samples, undecodable):
             for teacher, sink, images_BSS3 in zip(running, sinks, batch.images, strict=True):
                 features, wrong_B = forward(teacher, images_BSS3, sink.account)
                 launched.append((sink, sink.launch(batch, features, wrong_B)))
             while len(launched) > len(sinks):
                 _collect(launched)
             on_images(len(batch.positions))
+            done += len(batch.positions)
         while launched:
             _collect(launched)
+        on_images(reader.summary.samples - done)  # those that could not be used
         ledger = Ledger(backend)
         index_shard(unit.shard, unit.name, reader.summary, unit.rows_per_shard, backend, ledger)
         for sink in sinks:
@@ -69,23 +78,33 @@ def run_unit(
             sink.close()
 
 
-def _images(reader: ShardReader, unit: Unit) -> Iterator[tuple[Sample, bytes]]:
-    """The samples that have an image and a row; where there are too few rows, the index says how many it takes."""
+def _images(
+    reader: ShardReader, unit: Unit, on_unusable: Callable[[Sample, str], None]
+) -> Iterator[tuple[Sample, bytes]]:
+    """The samples that have an image and a row; where there are too few rows, the index says how many it takes.
+
+    Images that are empty, cut or too large to be read are told of.
+    """
     for sample in reader:
-        if sample.image is not None and sample.position < unit.rows_per_shard:
+        if sample.position >= unit.rows_per_shard:
+            continue
+        if sample.image is not None:
             yield sample, sample.image
+        elif sample.unusable:
+            on_unusable(sample, sample.problem or "")
 
 
 def _batches(
-    decoded: Iterator[tuple[Sample, Decoded | str]], size: int, samples: SampleRows, accounts: list[Account]
+    decoded: Iterator[tuple[Sample, Decoded | str]],
+    size: int,
+    samples: SampleRows,
+    on_undecodable: Callable[[Sample, str], None],
 ) -> Iterator[Batch]:
-    """Decodable images in the order of the tar, `size` at a time; the others are entered in every account."""
+    """Decodable images in the order of the tar, `size` at a time; the others are told of."""
     waiting: list[tuple[Sample, Decoded]] = []
     for sample, view in decoded:
         if isinstance(view, str):
-            samples.status_C[sample.position] = UNDECODABLE
-            for account in accounts:
-                account.undecodable(Failure(printable(sample.key), sample.position, view))
+            on_undecodable(sample, view)
             continue
         samples.status_C[sample.position] = OK
         samples.views_C5[sample.position] = (*view.box, 0)

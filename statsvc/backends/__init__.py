@@ -54,6 +54,9 @@ class Backend(Protocol):
     def free_bytes(self) -> int | None:
         """Space left for new objects; None where there is no limit to speak of."""
 
+    def check(self) -> None:
+        """Raises PlanError where nothing can ever be written at this location."""
+
     def exists(self) -> bool:
         """Whether anything was ever written here."""
 

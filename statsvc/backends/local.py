@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-from statsvc.errors import StoreError
+from statsvc.errors import PlanError, StoreError
 
 PARTIAL = ".partial-"
 
@@ -91,6 +91,17 @@ class LocalBackend:
     def free_bytes(self) -> int | None:
         existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(existing).free
+
+    def check(self) -> None:
+        folder = self.root.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise PlanError(
+                f"store: {str(self.root)!r} lies in {str(folder)!r}, which is no folder; name another place"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PlanError(f"store: {str(self.root)!r} cannot be written, {str(folder)!r} is read only; name another")
 
     def exists(self) -> bool:
         return (self.root / "zarr.json").is_file()

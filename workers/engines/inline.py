@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from workers.job import Result, Unit
 from workers.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
 
 log = logging.getLogger("statsvc")
+END_SECONDS = 5.0  # that an idle worker has to end by itself
 POLL_SECONDS = 0.5  # how soon a request to stop is seen while all workers are busy
 
 
@@ -95,8 +98,12 @@ class InlineEngine:
 
     def close(self) -> None:
         for worker in self._workers:
+            if worker.unit is None:
+                # Let it end itself: it may just be starting its decoders, which would complain of a dead parent.
+                with contextlib.suppress(OSError):
+                    worker.connection.send(None)
+                worker.process.join(END_SECONDS)
             worker.process.kill()
-        for worker in self._workers:
             worker.process.join()
             worker.connection.close()
         self._workers.clear()
@@ -143,7 +150,10 @@ def _spawn(setup: WorkerSetup) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=main, args=(theirs, setup), name=f"statsvc worker {setup.device}")
+    # The child begins with Ctrl-C blocked: it could not yet ignore it, and must not die of it while it is loading.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # so that its end shows as an end of the pipe
     return _Worker(setup, process, ours)
 

@@ -53,7 +53,7 @@ def resolve(name: str, plan: Teacher) -> Resolved:
     files = _weight_files(key, folder, config)
     if plan.trust_remote_code:
         files += sorted(folder.glob("*.py"))
-    parts = [canonical_json({k: v for k, v in config.items() if k not in VOLATILE})]
+    parts = [canonical_json(_lasting(config))]
     for file in files:
         with file.open("rb") as stream:
             parts.append(hashlib.file_digest(stream, "sha256").digest())
@@ -146,9 +146,12 @@ def _snapshot(key: str, plan: Teacher) -> Path:
         except Exception as error:  # offline, no such model, no rights: one sentence serves all of them
             problem = error
             continue
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-        problem = FileNotFoundError("config.json or *.safetensors is not in it")
+        try:
+            _weight_files(key, folder, _json(folder / "config.json"))
+        except PlanError as error:  # a download that was broken off, or a repository without safetensors
+            problem = error
+            continue
+        return folder
     revision = f" --revision {plan.revision}" if plan.revision else ""
     reason = str(problem).strip().splitlines()[0]
     raise PlanError(
@@ -231,6 +234,13 @@ def _scaled(values: Any, scale: float) -> tuple[float, ...] | None:
     except (TypeError, ValueError):
         return None
     return red, green, blue
+
+
+def _lasting(config: Any) -> Any:
+    """A config without what changes whenever it is saved."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _lasting(value) for key, value in config.items() if key not in VOLATILE}
 
 
 def _commit(folder: Path) -> str | None:

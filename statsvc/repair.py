@@ -1,0 +1,29 @@
+"""What to remove of a damaged store, so that the next run restores it."""
+
+from __future__ import annotations
+
+from statsvc.backends import backend
+from statsvc.layout import commit_folder, fit_path
+from statsvc.ledger import teachers_with_commits
+from statsvc.verify import Damage
+
+
+def repair(location: str, damage: list[Damage]) -> int:
+    """Remove damaged objects and the commits that vouch for them; how many that were.
+
+    A unit without its commit is missing, and everything of it is written anew with the same bytes. Without its index, a
+    dataset shard may get another number, so what was done under the old one goes, too; and a fit goes with its moments.
+    """
+    storage, index = backend(location), commit_folder("index")
+    paths = {path for found in damage for path in (found.path, found.commit) if path is not None}
+    lost = {path.rpartition("/")[2] for path in paths if path.startswith(f"{index}/")}
+    for teacher in teachers_with_commits(storage):
+        measured, cached = commit_folder("measure", teacher), commit_folder("cache", teacher)
+        for folder in (measured, *(f"{cached}/{cache_set}" for cache_set in storage.list(cached))):
+            paths |= {f"{folder}/{name}" for name in lost & set(storage.list(folder))}
+        if any(path.startswith(f"{measured}/") for path in paths):
+            paths.add(fit_path(teacher))
+    there = sorted(path for path in paths if storage.size(path) is not None)
+    for path in there:
+        storage.remove(path)
+    return len(there)
