@@ -258,6 +258,13 @@ class TestWrongPlans:
         assert "interpolation is 'bicubic' there and 'bilinear' here" in refused.stderr
         assert contents(finished / "store") == before
 
+    def test_a_store_below_a_file_is_refused(self, workspace: Path) -> None:
+        (workspace / "notes.txt").write_text("not a folder")
+        document = plan_document(workspace, store=str(workspace / "notes.txt" / "store"))
+        refused = statsvc_command("run", write_plan(workspace, document))
+        assert refused.returncode == 2
+        assert "notes.txt', which is no folder" in refused.stderr
+
     def test_a_folder_that_is_no_store_is_left_alone(self, workspace: Path) -> None:
         (workspace / "store").mkdir()
         (workspace / "store" / "thesis.tex").write_text("years of work")
@@ -307,6 +314,27 @@ class TestGrowing:
         assert ran.returncode == 0, ran.stderr
         assert contents(workspace / "store") == contents(undisturbed[0])
 
+    def test_a_fit_that_is_lost_after_the_store_has_grown_comes_back_with_the_same_bytes(self, finished: Path) -> None:
+        plan = write_plan(finished, plan_document(finished))
+        write_shard(finished / "photos" / "appended.tar", range(100, 104))
+        assert statsvc_command("run", plan).returncode == 0
+        before = contents(finished / "store")
+        # As after a kill between two fits, or after a repair: the pilot is that of the first run, not a new one.
+        (finished / "store" / ".statsvc" / "commits" / "fit" / "siglip.json").unlink()
+        assert statsvc_command("run", plan).returncode == 0
+        assert contents(finished / "store") == before
+
+    def test_other_images_or_another_batch_size_in_one_store_are_refused(self, finished: Path) -> None:
+        before = contents(finished / "store")
+        for changes, key in (
+            ({"data": {"shards": str(finished / "photos" / "*.tar"), "images": ["png", "jpg"]}}, "data.images"),
+            ({"teachers": {"new": TINY_DINO}, "engine": {"batch_size": 8}}, "engine.batch_size"),
+        ):
+            refused = statsvc_command("run", write_plan(finished, plan_document(finished, **changes)))
+            assert refused.returncode == 2
+            assert key in refused.stderr
+        assert contents(finished / "store") == before
+
 
 def is_array(folder: Path, path: str) -> bool:
     return bool(json.loads((folder / "store" / path).read_text())["node_type"] == "array")
@@ -340,6 +368,25 @@ class TestBadDatasetShards:
         after = contents(finished / "store")
         assert {path: digest for path, digest in after.items() if path in before} == before
         assert not list((finished / "store").glob(".statsvc/commits/*/second/*/000002.json"))
+
+    def test_a_dataset_shard_of_another_size_is_refused_even_when_nothing_is_missing(self, finished: Path) -> None:
+        before = contents(finished / "store")
+        with (finished / "photos" / "photos-000001.tar").open("ab") as tar:
+            tar.write(bytes(512))
+        refused = statsvc_command("run", write_plan(finished, plan_document(finished)))
+        assert refused.returncode == 1
+        assert "photos-000001.tar has changed since it was indexed" in refused.stdout
+        assert contents(finished / "store") == before
+
+    def test_retry_forgets_a_dataset_shard_that_left_the_plan(self, workspace: Path) -> None:
+        (workspace / "photos" / "broken.tar").write_text("<html>404 not found</html>" * 100)
+        plan = write_plan(workspace, plan_document(workspace))
+        assert statsvc_command("run", plan).returncode == 1
+        (workspace / "photos" / "broken.tar").unlink()
+        assert statsvc_command("run", plan, "--retry").returncode == 0
+        assert (
+            json.loads(statsvc_command("status", "--store", workspace / "store", "--json").stdout)["quarantined"] == []
+        )
 
 
 class TestOneDriverAtATime:

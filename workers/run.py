@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from statsvc.arrays import declare_arrays, declare_group, publish
+from statsvc.arrays import declare_arrays, declare_group
 from statsvc.codec import codec
 from statsvc.errors import DiskFull, Interrupted, NoHadamardMatrix, PlanError, UnreadableShard
 from statsvc.hadamard import construction
@@ -150,7 +150,9 @@ class Run:
             known = agenda.known_pilot(unfitted)
             teachers = [name for name in unfitted if known is None or name in known["teachers"]]
             pilot = self.measure(teachers, known["shards"] if known else None)
-            publish(self._backend, pilot_path(teachers), seal({"teachers": teachers, "shards": pilot.shards}))
+            if known is None:
+                record = {"teachers": teachers, "shards": pilot.shards}
+                self._backend.write(pilot_path(teachers), seal(record))
             for name in teachers:
                 fit_teacher(agenda.store, name, pilot)
                 self._check()
