@@ -1,0 +1,240 @@
+"""The phases of a run in their order: index, measure, fit, cache. Each does what is missing.
+
+Suffix: none; arrays stay with the workers.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from statsvc.arrays import declare_arrays, declare_group
+from statsvc.codec import codec
+from statsvc.errors import DiskFull, Interrupted, PlanError, UnreadableShard
+from statsvc.layout import FORMAT, Output, pilot_path, sample_arrays
+from statsvc.ledger import attributes, seal
+from statsvc.plan import Statistics
+from workers.agenda import Agenda
+from workers.dataset import number, pilot_order
+from workers.engines.base import ATTEMPTS, Engine
+from workers.fingerprint import fingerprint
+from workers.fit import fit_teacher
+from workers.index import index_shard
+from workers.job import Unit
+from workers.lease import Lease
+from workers.pilot import Pilot
+from workers.progress import Display
+from workers.shards import ShardReader, ShardSummary
+from workers.worker import Ready
+
+AGAIN = "run the same command to go on"
+
+
+class Phases:
+    """What the phases share: one run of one plan, under the lease."""
+
+    def __init__(
+        self, agenda: Agenda, show: Display, engine: Engine, ready: Ready, lease: Lease, stopping: threading.Event
+    ) -> None:
+        self._agenda, self._show, self._engine, self._ready = agenda, show, engine, ready
+        self._lease, self._stopping = lease, stopping
+        self._plan, self._backend, self._record = agenda.plan, agenda.backend, agenda.record
+
+    def run(self) -> None:
+        if swept := self._backend.sweep():
+            self._show.line(f"removed {swept} unfinished files of an earlier run")
+        self._record.write(self._plan, self._agenda.shards)
+        self.index()
+        self._declare_teachers()
+        self.fit()
+        self.cache()
+        self._backend.sweep()  # of workers that died and were replaced
+
+    def index(self) -> None:
+        """Number the dataset shards. Without rows_per_shard all new ones are read first, to learn what it must be."""
+        agenda, summaries = self._agenda, dict[str, ShardSummary]()
+        new = [name for name in agenda.usable("index") if name not in agenda.numbers]
+        rows = (
+            agenda.store.rows_per_shard if agenda.has_store else agenda.indexed_rows or self._plan.data.rows_per_shard
+        )
+        if self._plan.data.rows_per_shard is None and new:
+            with self._show.phase("index", len(new), "dataset shards") as bar:
+                for name in new:
+                    summary = self._scan(name)
+                    if summary is not None:
+                        summaries[name] = summary
+                    bar.advance(1)
+                    self._check()
+        if rows is None:
+            rows = max((summary.samples for summary in summaries.values()), default=0)
+        if not rows:
+            raise UnreadableShard(
+                f"none of the {len(agenda.shards)} dataset shards of the plan holds a sample that could be read; check "
+                "data.shards, and after mending them use `statsvc run --retry`"
+            )
+        if not agenda.has_store:
+            views = self._plan.views.model_dump()
+            about = {"format": FORMAT, "rows_per_shard": rows, "views": views, "images": list(self._plan.data.images)}
+            declare_group(self._backend, "", about)
+        for name in [name for name, summary in summaries.items() if summary.samples > rows]:
+            self._quarantine("index", name, f"holds {summaries.pop(name).samples} samples, this store keeps {rows}")
+        known = agenda.known_numbers()
+        lazy = agenda.usable("index") if self._plan.data.rows_per_shard is not None else []
+        agenda.numbers = number([*summaries, *lazy], known)
+        declare_arrays(self._backend, sample_arrays(rows).values(), self._shard_count())
+        for name, summary in summaries.items():
+            index_shard(agenda.numbers[name], name, summary, rows, self._backend, agenda.store.ledger)
+            self._check()
+
+    def fit(self) -> None:
+        """Measure and fit the teachers that are not fitted.
+
+        The pilot is written down before the first fit. It holds for all its teachers, whatever dies between their fits,
+        and for a fit that has to be repaired after the store has grown.
+        """
+        agenda = self._agenda
+        while unfitted := [name for name in self._plan.teachers if not agenda.is_fitted(name)]:
+            known = agenda.known_pilot(unfitted)
+            teachers = [name for name in unfitted if known is None or name in known["teachers"]]
+            pilot = self.measure(teachers, known["shards"] if known else None)
+            if known is None:
+                record = {"teachers": teachers, "shards": pilot.shards}
+                self._backend.write(pilot_path(teachers), seal(record))
+            for name in teachers:
+                fit_teacher(agenda.store, name, pilot)
+                self._check()
+
+    def measure(self, teachers: list[str], known: list[int] | None) -> Pilot:
+        """Measure dataset shards in pilot order until the pilot is complete or all are done; or a known pilot's."""
+        agenda, statistics = self._agenda, self._plan.statistics
+        order = pilot_order([n for n in agenda.usable("measure") if n in agenda.numbers], self._plan.views.seed)
+        if known is not None:
+            names = {shard: name for name, shard in agenda.numbers.items()}
+            order, statistics = [names[shard] for shard in known], Statistics(images="all")
+        pilot = Pilot(agenda.store, teachers, statistics, self._plan.normalize)
+        waiting = list(order)
+
+        def take_measured() -> None:
+            """The pilot is a prefix of the order, however early a later shard was done."""
+            while waiting and not pilot.complete:
+                shard = agenda.numbers[waiting[0]]
+                if any(agenda.store.ledger.read("measure", shard, name) is None for name in teachers):
+                    return
+                pilot.take(shard)
+                waiting.pop(0)
+
+        take_measured()
+        limit = statistics.images or statistics.max_images
+        samples = list(accumulate(agenda.count_samples(name) for name in waiting))
+        # Whole dataset shards are measured, so the last of them goes beyond the limit.
+        total = next(
+            (n for n in samples if limit != "all" and n + pilot.images >= limit), samples[-1] if samples else 0
+        )
+        with self._show.phase("measure", total) as bar:
+            for result in self._engine.run(agenda.measure_units(teachers, order, pilot), bar.advance):
+                self._lease.check()
+                if result.problem is not None and known is not None:
+                    raise UnreadableShard(f"dataset shard {result.unit.name} belongs to the pilot: {result.problem}")
+                if result.problem is not None:
+                    self._quarantine("measure", result.unit.name, result.problem)
+                    waiting.remove(result.unit.name)
+                take_measured()
+        self._stop_if_asked()
+        if not pilot.images:
+            raise UnreadableShard("no image of any dataset shard could be used; `statsvc status` lists the reasons")
+        return pilot
+
+    def cache(self) -> None:
+        """Cache every dataset shard for every teacher that has not done it."""
+        agenda = self._agenda
+        units = list(agenda.cache_units())
+        declare_arrays(self._backend, agenda.arrays(), self._shard_count())
+        self._check_space(units)
+        with self._show.phase("cache", sum(agenda.count_samples(unit.name) for unit in units)) as bar:
+            for result in self._engine.run(iter(units), bar.advance):
+                self._lease.check()
+                if result.problem is not None:
+                    self._quarantine("cache", result.unit.name, result.problem)
+        self._stop_if_asked()
+
+    def _scan(self, name: str) -> ShardSummary | None:
+        """Read a dataset shard for its index; None once it is given up."""
+        for attempt in range(1, ATTEMPTS + 1):
+            reader = ShardReader(self._location(name), self._plan.data.images, keep_images=False)
+            try:
+                for _ in reader:
+                    pass
+                return reader.summary
+            except UnreadableShard as error:
+                if attempt == ATTEMPTS:
+                    self._quarantine("index", name, str(error))
+        return None
+
+    def _location(self, name: str) -> Path:
+        return Path(self._agenda.shards[name].location)
+
+    def _declare_teachers(self) -> None:
+        """Describe every teacher and its arrays; what stands there already is left alone."""
+        store = self._agenda.store
+        for name, outputs in self._ready.outputs.items():
+            resolved, settings = self._agenda.resolved[name], self._agenda.settings[name]
+            shapes = {output: shape.describe() for output, shape in outputs.items()}
+            if name in store.teachers():
+                # Appending dataset shards is no reason to rewrite what the first run recorded.
+                if shapes != attributes(self._backend, f"teachers/{name}")["outputs"]:
+                    raise PlanError(f"teachers.{name}: gives outputs {shapes}, other ones than the store holds")
+            else:
+                about = {
+                    "fingerprint": fingerprint(settings),
+                    "settings": settings,
+                    "outputs": shapes,
+                    "preprocessing": asdict(resolved.preprocessing) | resolved.about,
+                    "environment": self._ready.environment,
+                }
+                declare_group(self._backend, "teachers", {})
+                declare_group(self._backend, f"teachers/{name}", about)
+        declare_arrays(self._backend, self._agenda.arrays(), self._shard_count())
+
+    def _check_space(self, units: list[Unit]) -> None:
+        """Raises DiskFull before the first target is written."""
+        free = self._backend.free_bytes()
+        needed = sum(
+            self._agenda.count_samples(unit.name) * row_bytes(job.outputs, job.dtype)
+            for unit in units
+            for job in unit.teachers
+        )
+        if free is not None and needed > free:
+            raise DiskFull(
+                f"the targets still to be cached need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at "
+                f"{self._plan.store!r}; free some, or name a store on a larger disk, then {AGAIN}"
+            )
+
+    def _shard_count(self) -> int:
+        """How many dataset shards the arrays have room for."""
+        return max(self._agenda.numbers.values()) + 1
+
+    def _quarantine(self, phase: str, name: str, problem: str) -> None:
+        self._record.quarantine(phase, name, problem)
+        self._show.line(f"dataset shard {name} is quarantined in the {phase} phase: {problem}")
+
+    def _check(self) -> None:
+        self._lease.check()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._stopping.is_set():
+            raise Interrupted(f"interrupted; all finished dataset shards are kept: {AGAIN}")
+
+
+def row_bytes(outputs: dict[str, Output], dtype: str) -> int:
+    """Bytes of one row of all outputs with checksums and index entries."""
+    total = 0
+    for shape in outputs.values():
+        for part in codec(dtype).arrays:
+            itemsize = np.dtype(part.dtype).itemsize
+            total += shape.tokens * shape.dim * itemsize + 20 if part.sharded else shape.tokens * itemsize
+    return total
