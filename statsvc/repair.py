@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statsvc.backends import backend
 from statsvc.layout import commit_folder, fit_path
-from statsvc.ledger import teachers_with_commits
+from statsvc.ledger import teachers_with_commits, unseal
 from statsvc.verify import Damage
 
 
@@ -12,16 +12,24 @@ def repair(location: str, damage: list[Damage]) -> int:
     """Remove damaged objects and the commits that vouch for them; how many that were.
 
     A unit without its commit is missing, and everything of it is written anew with the same bytes. Without its index, a
-    dataset shard may get another number, so what was done under the old one goes, too; and a fit goes with its moments.
+    dataset shard may get another number, so what was done under the old one goes, too; and a fit goes with its moments
+    and its pilot.
     """
-    storage, index = backend(location), commit_folder("index")
+    storage, index, pilots = backend(location), commit_folder("index"), commit_folder("pilot")
     paths = {path for found in damage for path in (found.path, found.commit) if path is not None}
     lost = {path.rpartition("/")[2] for path in paths if path.startswith(f"{index}/")}
+    with_pilot = set[str]()
+    for path in {f"{pilots}/{name}" for name in storage.list(pilots)} - paths:
+        record = unseal(path, storage.read(path))
+        if lost & {f"{shard:06d}.json" for shard in record["shards"]}:
+            paths.add(path)
+        else:
+            with_pilot |= set(record["teachers"])
     for teacher in teachers_with_commits(storage):
         measured, cached = commit_folder("measure", teacher), commit_folder("cache", teacher)
         for folder in (measured, *(f"{cached}/{cache_set}" for cache_set in storage.list(cached))):
             paths |= {f"{folder}/{name}" for name in lost & set(storage.list(folder))}
-        if any(path.startswith(f"{measured}/") for path in paths):
+        if teacher not in with_pilot or any(path.startswith(f"{measured}/") for path in paths):
             paths.add(fit_path(teacher))
     there = sorted(path for path in paths if storage.size(path) is not None)
     for path in there:

@@ -9,24 +9,21 @@ import numpy as np
 
 from statsvc.arrays import open_feature_shard, read_chunk
 from statsvc.backends import backend
-from statsvc.canonical import sha256
-from statsvc.checksum import CRC_NBYTES
 from statsvc.errors import DamagedObject, StatsvcError
+from statsvc.expected import cache_specs, expected_arrays, fit_of, miscounts
 from statsvc.layout import (
-    OK,
-    STATUS_NAMES,
     ArraySpec,
-    cache_arrays,
     commit_folder,
     commit_path,
     fit_path,
     moments_arrays,
+    pilot_path,
     report_path,
     sample_arrays,
     teacher_status,
     transform_path,
 )
-from statsvc.ledger import Commit, Ledger, teachers_with_commits
+from statsvc.ledger import Commit, Ledger, teachers_with_commits, unseal
 from statsvc.metadata import array_faults, root_fault, teacher_fault
 from statsvc.normalizations import moments_digest
 from statsvc.store import Store, Teacher, open_store
@@ -61,6 +58,8 @@ class _Check:
     def __init__(self, store: Store) -> None:
         self.store, self.checked, self.damage = store, 0, dict[str, Damage]()
         self._rows = store.rows_per_shard
+        self._pilots = dict[str, tuple[str, list[int]]]()  # record and dataset shards by teacher
+        self._fitted = set[str]()
         self._arrays = list[tuple[ArraySpec, int]]()  # that are there, with the dataset shards they must have room for
 
     def damaged(self, path: str, reason: object, commit: str | None) -> None:
@@ -75,16 +74,33 @@ class _Check:
         for commit in index:
             self.objects(commit, None)
         self._arrays += [(spec, _shards(index)) for spec in sample_arrays(self._rows).values()]
+        self.pilots()
         for name in sorted({*self.store.teachers(), *teachers_with_commits(self.store.backend)}):
             self.checked += 1
             if fault := teacher_fault(self.store, name):
                 self.damaged(f"teachers/{name}/{ROOT}", fault, None)
             else:
                 self.teacher(self.store.teacher(name), {commit.shard for commit in index})
+        unnamed = sorted(self._fitted - self._pilots.keys())
+        if unnamed and not any(path.startswith(commit_folder("pilot")) for path in self.damage):
+            self.damaged(pilot_path(unnamed), f"missing, though {', '.join(unnamed)} were fitted with it", None)
         for path, fault in array_faults(self.store.backend, self._arrays):
             self.checked += 1
             if fault:
                 self.damaged(path, fault, None)
+
+    def pilots(self) -> None:
+        folder = commit_folder("pilot")
+        for name in self.store.backend.list(folder):
+            path = f"{folder}/{name}"
+            self.checked += 1
+            try:
+                record = unseal(path, self.store.backend.read(path))
+                if pilot_path(record["teachers"]) != path:
+                    raise DamagedObject(f"it belongs at {pilot_path(record['teachers'])}")
+                self._pilots |= dict.fromkeys(record["teachers"], (path, record["shards"]))
+            except (DamagedObject, LookupError, TypeError) as error:
+                self.damaged(path, error, None)
 
     def teacher(self, teacher: Teacher, indexed: set[int]) -> None:
         """All that was done for one teacher."""
@@ -95,7 +111,7 @@ class _Check:
         for cache_set in self.store.backend.list(commit_folder("cache", teacher.name)):
             commits = list(self.commits("cache", teacher, cache_set))
             for output in teacher.outputs if commits else ():
-                specs = _cache_specs(teacher, commits[0], output)
+                specs = cache_specs(teacher, commits[0], output)
                 self._arrays += [(spec, _shards(commits)) for spec in specs.values()]
             cached += commits
         self._arrays.append((teacher_status(teacher.name, self._rows), _shards(cached)))
@@ -116,9 +132,9 @@ class _Check:
                 assert commit is not None  # it was listed
                 if teacher and commit.fingerprint != teacher.fingerprint:
                     raise DamagedObject(f"made with fingerprint {commit.fingerprint}, not the teacher's")
-                if cache_set and [_fit_of(commit)] != cache_set.split("-")[-2:-1]:
+                if cache_set and [fit_of(commit)] != cache_set.split("-")[-2:-1]:
                     raise DamagedObject("made with transforms of another fit than that of its cache set")
-                due = {spec.object(shard) for spec in _expected(self._rows, commit, teacher)}
+                due = {spec.object(shard) for spec in expected_arrays(self._rows, commit, teacher)}
                 if {record.path for record in commit.objects} != due:
                     raise DamagedObject("vouches for other objects than its unit has")
             except DamagedObject as error:
@@ -129,13 +145,13 @@ class _Check:
     def objects(self, commit: Commit, teacher: Teacher | None) -> None:
         """Everything that a commit vouches for, and what it counts."""
         arrays: dict[str, np.ndarray] = {}
-        for spec in _expected(self._rows, commit, teacher):
+        for spec in expected_arrays(self._rows, commit, teacher):
             self.checked += 1
             try:
                 arrays[spec.path.rpartition("/")[2]] = self._read(spec, commit)
             except DamagedObject as error:
                 self.damaged(spec.object(commit.shard), error, commit.path)
-        for reason in _miscounts(commit, arrays):
+        for reason in miscounts(commit, arrays):
             self.damaged(commit.path, reason, commit.path)
 
     def _read(self, spec: ArraySpec, commit: Commit) -> np.ndarray:
@@ -156,6 +172,7 @@ class _Check:
             return
         if in_use and not fits:
             self.damaged(path, "missing, though there are targets that were made with it", path)
+        self._fitted |= {teacher.name} if fits else set()
         for output, methods in fits.items():
             for method, digest in methods.items():
                 if isinstance(digest, str):
@@ -170,6 +187,9 @@ class _Check:
             if report["digest"] != digest:
                 raise DamagedObject("a report on another transform")
             pilot = report["pilot"]
+            record, shards = self._pilots.get(teacher.name, ("", pilot))
+            if shards != pilot:
+                self.damaged(record, f"not the pilot that {teacher.name} was fitted on", None)
         except DamagedObject as error:
             self.damaged(report_path(digest), error, path)
         for shard in pilot:
@@ -198,53 +218,3 @@ def _damage(path: str, reason: object, commit: str | None) -> Damage:
 def _shards(commits: list[Commit]) -> int:
     """How many dataset shards an array must have room for."""
     return 1 + max((commit.shard for commit in commits), default=-1)
-
-
-def _fit_of(commit: Commit) -> str:
-    """The part of a cache set's name that says which fit it was made with."""
-    return sha256(*(digest.encode() for _, digest in sorted((commit.transform or {}).items())))[:12]
-
-
-def _expected(rows: int, commit: Commit, teacher: Teacher | None) -> Iterator[ArraySpec]:
-    """The arrays that a commit must vouch for."""
-    samples = sample_arrays(rows)
-    if teacher is None:
-        yield samples["key_hash"]
-        return
-    for output, shape in teacher.outputs.items():
-        if commit.phase == "measure":
-            yield from moments_arrays(teacher.name, output, shape.dim).values()
-        else:
-            yield from _cache_specs(teacher, commit, output).values()
-    if commit.phase == "cache":
-        yield from (samples["status"], samples["views"], teacher_status(teacher.name, rows))
-
-
-def _cache_specs(teacher: Teacher, commit: Commit, output: str) -> dict[str, ArraySpec]:
-    """What the arrays of a cache set must be, by one of its commits."""
-    set_ = commit.set or ""
-    means = f"teachers/{teacher.name}/cache/{set_}/{output}/target_mean/c/{commit.shard}/0"
-    nbytes = next((record.bytes for record in commit.objects if record.path == means), 0)
-    return cache_arrays(
-        teacher.name,
-        set_,
-        output,
-        dtype=set_.rpartition("-")[2],
-        transform=(commit.transform or {}).get(output, ""),
-        tokens=teacher.output(output).tokens,
-        k=max(nbytes - CRC_NBYTES, 4) // 4,
-        rows=teacher.store.rows_per_shard,
-    )
-
-
-def _miscounts(commit: Commit, arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    """What a commit counts, against what its objects hold. Outputs of one teacher count alike."""
-    if "key_hash" in arrays and int(arrays["key_hash"].any(axis=1).sum()) != commit.samples:
-        yield f"counts {commit.samples} samples, samples/key_hash holds others"
-    if "images" in arrays and int(arrays["images"].sum()) != commit.rows:
-        yield f"counts {commit.rows} images, the moments hold {int(arrays['images'].sum())}"
-    present = arrays.get("codes", arrays.get("values"))
-    if present is not None and int(present.sum()) != commit.rows:
-        yield f"counts {commit.rows} rows, the feature shard holds {int(present.sum())}"
-    if "status" in arrays and int((arrays["status"] == OK).sum()) != (commit.status or {}).get(STATUS_NAMES[OK], 0):
-        yield f"counts {commit.status}, the status array holds others"

@@ -285,7 +285,7 @@ def test_wherever_a_tar_is_cut_every_complete_image_is_used_and_the_cut_is_repor
 def test_an_image_cut_in_the_middle_is_reported_with_its_key(path: Path) -> None:
     whole = tar_of([("a.jpg", b"1" * 600), ("b.json", b"2"), ("b.jpg", b"3" * 600)])
     samples, summary = read(path, whole[: image_ends(whole)["b"] - 1])
-    assert samples[1] == Sample(1, "b", None, "jpg", "the tar is cut inside 'b.jpg'; copy it again")
+    assert samples[1] == Sample(1, "b", None, "jpg", "the tar is cut inside 'b.jpg'; copy it again", unusable=True)
     assert reasons(summary) == [("b", 1), ("", 2)]
 
 

@@ -58,7 +58,7 @@ TROUBLE: list[tuple[list[tuple[str, bytes]], int]] = [
     ([("words.json", b"{}")], ABSENT),
     ([("shape.png", plain_image(Misbehaving.WRONG_SHAPE))], WRONG_SHAPE),
     (photographs("a"), ABSENT),  # a key that came before
-    ([("empty.jpg", b"")], ABSENT),
+    ([("empty.jpg", b"")], UNDECODABLE),
     (photographs("c", "d"), OK),
 ]
 STATUS = [status for members, status in TROUBLE for _ in members]
@@ -296,13 +296,14 @@ def reasons(failed: tuple[Failure, ...]) -> list[tuple[int, str, str]]:
 
 
 def assert_accounted(commit: Commit) -> None:
-    assert commit.status == {"absent": 3, "ok": 4, "undecodable": 1, "non-finite": 1, "wrong-shape": 1}
+    assert commit.status == {"absent": 2, "ok": 4, "undecodable": 2, "non-finite": 1, "wrong-shape": 1}
     assert commit.rows == 4
     positions, keys, why = zip(*reasons(commit.failed), strict=True)
-    assert (positions, keys) == ((1, 2, 5), ("nan", "broken", "shape"))
+    assert (positions, keys) == ((1, 2, 5, 7), ("nan", "broken", "shape", "empty"))
     assert "NaN" in why[0]
     assert "cannot be decoded" in why[1] or "no readable image" in why[1]
     assert "another shape" in why[2]
+    assert "is empty" in why[3]
 
 
 def test_what_goes_wrong_with_one_image_is_counted_and_spoils_no_other(
@@ -390,7 +391,7 @@ def test_a_unit_of_which_nothing_can_be_used_is_done_all_the_same(
 def test_keys_that_are_no_text_are_committed_as_text_that_says_which(workshop: Workshop, tmp_path: Path) -> None:
     strange = write_tar(tmp_path / "strange.tar", [("\udce9\x1f.jpg", b"no image"), *photographs("b")])
     commit = workshop.measure(strange, FakeTeacher())
-    assert commit.failed[0].key == "\\xe9\x1f"
+    assert commit.failed[0].key == r"\xe9\x1f"
 
 
 # --- memory ---
@@ -661,7 +662,7 @@ def test_every_image_that_went_through_is_reported_while_it_goes_on(workshop: Wo
     teacher, seen = FakeTeacher(), list[int]()
     unit = workshop.unit("measure", trouble, (TeacherJob(teacher.name, "f" * 64, teacher.outputs),), 0)
     run_unit(unit, workshop.storage, {"fake": teacher}, workshop.decoders, seen.append)
-    assert seen == [4, 2]  # of the six that can be decoded, in batches of four
+    assert seen == [4, 2, 4]  # six that can be decoded, in batches of four; then those that cannot be used
 
 
 def test_images_are_put_into_rows_by_their_position_not_by_their_key(

@@ -12,10 +12,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from statsvc.arrays import write_chunk
 from statsvc.cli import cli
-from statsvc.layout import key_hash
+from statsvc.layout import key_hash, moments_arrays
 from statsvc.ledger import seal
 from statsvc.repair import repair
 from statsvc.verify import Damage, verify_store
@@ -276,6 +278,18 @@ def test_a_fit_that_is_not_this_teachers_is_found(finished: Finished) -> None:
     assert set(found(finished)) == {".statsvc/commits/fit/dino.json"}
 
 
+def test_a_pilot_that_is_not_the_one_that_was_fitted_is_found(finished: Finished) -> None:
+    ((path, whole),) = [item for item in finished.contents().items() if "/pilot/" in item[0]]
+    rewritten(finished.path / path, shards=[0, 1])
+    assert set(found(finished)) == {path}
+    rewritten(finished.path / path, teachers=["dino"])
+    assert set(found(finished)) == {path}
+    (finished.path / path).write_bytes(whole)
+    swap_to = (finished.path / path).with_name("0123456789abcdef.json")
+    swap_to.write_bytes(whole)
+    assert set(found(finished)) == {str(swap_to.relative_to(finished.path))}
+
+
 def test_transforms_and_reports_that_were_exchanged_are_found(finished: Finished) -> None:
     fits = finished.store.teacher("dino").fits()["patches"]
     for pattern in (".statsvc/transforms/{}.safetensors", ".statsvc/reports/{}.json"):
@@ -283,6 +297,18 @@ def test_transforms_and_reports_that_were_exchanged_are_found(finished: Finished
         swap(finished.path / first, finished.path / second)
         assert set(found(finished)) == {first, second}
         swap(finished.path / first, finished.path / second)
+
+
+def test_moments_that_were_measured_anew_with_other_numbers_are_not_those_of_the_fit(finished: Finished) -> None:
+    path = ".statsvc/commits/measure/dino/000001.json"
+    content = json.loads((finished.path / path).read_bytes())
+    spec = moments_arrays("dino", "patches", 32)["mean"]
+    other = np.full((1, 2, 32), 0.5)
+    record = write_chunk(finished.store.backend, spec, 1, other)
+    objects = [record._asdict() if known["path"] == record.path else known for known in content["objects"]]
+    rewritten(finished.path / path, objects=objects)
+    digests = finished.store.teacher("dino").fits()["patches"].values()
+    assert set(found(finished)) == {f".statsvc/transforms/{digest}.safetensors" for digest in digests}
 
 
 # --- metadata that is sound JSON, but wrong ---
@@ -374,6 +400,7 @@ REPAIRS: dict[str, list[str]] = {
     "index": [r"commits/index/000000", r"commits/index/000002"],
     "commits": [r"commits/measure/siglip/000001", r"commits/cache/dino/.*/000000", r"commits/cache/dino/.*/000002"],
     "fit": [r"commits/fit/dino"],
+    "pilot": [r"commits/pilot/"],
     "transform": [r"transforms/.*"],
     "reports": [r"reports/.*"],
     "array metadata": [r"samples/.*/zarr\.json", r"dino/.*/codes/zarr\.json", r"scatter/zarr\.json"],

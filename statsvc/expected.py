@@ -1,0 +1,63 @@
+"""What a commit must vouch for and count, by the commit itself and its teacher's outputs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from statsvc.canonical import sha256
+from statsvc.checksum import CRC_NBYTES
+from statsvc.layout import OK, STATUS_NAMES, ArraySpec, cache_arrays, moments_arrays, sample_arrays, teacher_status
+from statsvc.ledger import Commit
+from statsvc.store import Teacher
+
+
+def fit_of(commit: Commit) -> str:
+    """The part of a cache set's name that says which fit it was made with."""
+    return sha256(*(digest.encode() for _, digest in sorted((commit.transform or {}).items())))[:12]
+
+
+def expected_arrays(rows: int, commit: Commit, teacher: Teacher | None) -> Iterator[ArraySpec]:
+    """The arrays that a commit must vouch for."""
+    samples = sample_arrays(rows)
+    if teacher is None:
+        yield samples["key_hash"]
+        return
+    for output, shape in teacher.outputs.items():
+        if commit.phase == "measure":
+            yield from moments_arrays(teacher.name, output, shape.dim).values()
+        else:
+            yield from cache_specs(teacher, commit, output).values()
+    if commit.phase == "cache":
+        yield from (samples["status"], samples["views"], teacher_status(teacher.name, rows))
+
+
+def cache_specs(teacher: Teacher, commit: Commit, output: str) -> dict[str, ArraySpec]:
+    """What the arrays of a cache set must be, by one of its commits."""
+    set_ = commit.set or ""
+    means = f"teachers/{teacher.name}/cache/{set_}/{output}/target_mean/c/{commit.shard}/0"
+    nbytes = next((record.bytes for record in commit.objects if record.path == means), 0)
+    return cache_arrays(
+        teacher.name,
+        set_,
+        output,
+        dtype=set_.rpartition("-")[2],
+        transform=(commit.transform or {}).get(output, ""),
+        tokens=teacher.output(output).tokens,
+        k=max(nbytes - CRC_NBYTES, 4) // 4,
+        rows=teacher.store.rows_per_shard,
+    )
+
+
+def miscounts(commit: Commit, arrays: dict[str, np.ndarray]) -> Iterator[str]:
+    """What a commit counts, against what its objects hold. Outputs of one teacher count alike."""
+    if "key_hash" in arrays and int(arrays["key_hash"].any(axis=1).sum()) != commit.samples:
+        yield f"counts {commit.samples} samples, samples/key_hash holds others"
+    if "images" in arrays and int(arrays["images"].sum()) != commit.rows:
+        yield f"counts {commit.rows} images, the moments hold {int(arrays['images'].sum())}"
+    present = arrays.get("codes", arrays.get("values"))
+    if present is not None and int(present.sum()) != commit.rows:
+        yield f"counts {commit.rows} rows, the feature shard holds {int(present.sum())}"
+    if "status" in arrays and int((arrays["status"] == OK).sum()) != (commit.status or {}).get(STATUS_NAMES[OK], 0):
+        yield f"counts {commit.status}, the status array holds others"
