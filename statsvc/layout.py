@@ -19,6 +19,7 @@ from statsvc.codec import codec
 
 FORMAT = "statsvc/1"
 LEASE = ".statsvc/lease.json"
+LEASE_SECONDS = 60.0  # without a heartbeat, six of them; clocks of hosts that share a store may differ by less
 RUN = ".statsvc/run.json"
 
 # Of a sample and of a teacher's row.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from statsvc.backends import backend
-from statsvc.layout import commit_folder, fit_path
+import json
+import time
+
+from statsvc.backends import Backend, backend
+from statsvc.errors import LeaseError
+from statsvc.layout import LEASE, LEASE_SECONDS, commit_folder, fit_path
 from statsvc.ledger import teachers_with_commits, unseal
 from statsvc.verify import Damage
 
@@ -13,9 +17,10 @@ def repair(location: str, damage: list[Damage]) -> int:
 
     A unit without its commit is missing, and everything of it is written anew with the same bytes. Without its index, a
     dataset shard may get another number, so what was done under the old one goes, too; and a fit goes with its moments
-    and its pilot.
+    and its pilot. Raises LeaseError while a driver works on the store.
     """
     storage, index, pilots = backend(location), commit_folder("index"), commit_folder("pilot")
+    _refuse_while_driven(storage)
     paths = {path for found in damage for path in (found.path, found.commit) if path is not None}
     lost = {path.rpartition("/")[2] for path in paths if path.startswith(f"{index}/")}
     with_pilot = set[str]()
@@ -35,3 +40,16 @@ def repair(location: str, damage: list[Damage]) -> int:
     for path in there:
         storage.remove(path)
     return len(there)
+
+
+def _refuse_while_driven(storage: Backend) -> None:
+    """A driver that died is told from one that lives by its heartbeat alone: this may be another machine."""
+    try:
+        age = time.time() - json.loads(storage.read(LEASE))["heartbeat"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return
+    if age < LEASE_SECONDS:
+        raise LeaseError(
+            f"a driver works on this store, last heartbeat {max(age, 0):.0f} s ago; repair once it has ended (a lease "
+            f"without a heartbeat expires after {LEASE_SECONDS:.0f} s)"
+        )

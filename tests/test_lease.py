@@ -21,8 +21,8 @@ import workers.lease
 from statsvc.backends import Backend, backend
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import LeaseError
-from statsvc.layout import LEASE
-from workers.lease import EXPIRES_SECONDS, HEARTBEAT_SECONDS, Lease, read_lease
+from statsvc.layout import LEASE, LEASE_SECONDS
+from workers.lease import HEARTBEAT_SECONDS, Lease, read_lease
 
 HOLD = """
 import sys
@@ -139,7 +139,7 @@ def test_a_driver_that_stands_still_keeps_its_lease_until_it_expires(
     os.kill(holder.pid, signal.SIGSTOP)
     with pytest.raises(LeaseError):
         Lease(storage).__enter__()
-    monkeypatch.setattr(workers.lease, "EXPIRES_SECONDS", 0.0)
+    monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.0)
     with Lease(storage):
         pass
 
@@ -151,10 +151,10 @@ def test_a_process_that_was_given_the_same_number_is_another(storage: Backend) -
 
 
 def test_on_another_host_only_the_heartbeat_tells(storage: Backend) -> None:
-    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - EXPIRES_SECONDS + 5)
+    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - LEASE_SECONDS + 5)
     with pytest.raises(LeaseError, match=r"process 1 on elsewhere, since .*, last heartbeat 5\d s ago"):
         Lease(storage).__enter__()
-    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - EXPIRES_SECONDS - 1)
+    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - LEASE_SECONDS - 1)
     with Lease(storage):
         pass
 
@@ -191,7 +191,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_heartbeats_come_often_enough_to_miss_some() -> None:
-    assert EXPIRES_SECONDS >= 5 * HEARTBEAT_SECONDS
+    assert LEASE_SECONDS >= 5 * HEARTBEAT_SECONDS
 
 
 @pytest.mark.usefixtures("quick")
@@ -256,7 +256,7 @@ def test_a_storage_that_fails_for_longer_than_a_lease_lasts_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Unreliable(str(tmp_path))
-    monkeypatch.setattr(workers.lease, "EXPIRES_SECONDS", 0.1)
+    monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.1)
     lease = Lease(storage)
     lease.__enter__()
     storage.broken = True

@@ -17,6 +17,7 @@ import pytest
 
 from statsvc.arrays import write_chunk
 from statsvc.cli import cli
+from statsvc.errors import LeaseError
 from statsvc.layout import key_hash, moments_arrays
 from statsvc.ledger import seal
 from statsvc.repair import repair
@@ -24,6 +25,7 @@ from statsvc.verify import Damage, verify_store
 from tests.conftest import Finished
 from tests.plans import write_plan
 from workers.agenda import Agenda
+from workers.lease import Lease
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -493,3 +495,11 @@ def test_the_commands_themselves_restore_a_store(finished: Finished) -> None:
     again = subprocess.run([*command, "run", str(plan)], capture_output=True, text=True, check=False, timeout=120)
     assert again.returncode == 0, again.stderr
     assert finished.contents() == before
+
+
+def test_nothing_is_repaired_under_a_running_driver(finished: Finished) -> None:
+    damaged = next((finished.path / "teachers/dino/cache").rglob("scales/c/0/0"))
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with Lease(finished.store.backend), pytest.raises(LeaseError, match="a driver works on this store"):
+        repair(str(finished.path), list(found(finished).values()))
+    assert damaged.exists()

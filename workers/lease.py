@@ -16,10 +16,9 @@ import psutil
 from statsvc.backends import Backend
 from statsvc.canonical import canonical_json
 from statsvc.errors import LeaseError
-from statsvc.layout import LEASE
+from statsvc.layout import LEASE, LEASE_SECONDS
 
 HEARTBEAT_SECONDS = 10.0
-EXPIRES_SECONDS = 60.0  # six missed heartbeats; clocks of hosts that share a store may differ by less than this
 
 
 class Lease:
@@ -70,7 +69,7 @@ class Lease:
                     return
                 self._written = beat
             except OSError as error:
-                if time.time() - json.loads(self._written)["heartbeat"] > EXPIRES_SECONDS:
+                if time.time() - json.loads(self._written)["heartbeat"] > LEASE_SECONDS:
                     self._lost = f"its heartbeat cannot be written: {error}"
                     return
 
@@ -84,7 +83,7 @@ def refuse_if_held(backend: Backend) -> bytes | None:
     if current is not None and (holder := _alive(current)):
         raise LeaseError(
             f"another driver holds this store: {holder}; wait for it or stop it, then run again "
-            f"(a lease without a heartbeat expires after {EXPIRES_SECONDS:.0f} s)"
+            f"(a lease without a heartbeat expires after {LEASE_SECONDS:.0f} s)"
         )
     return current
 
@@ -106,7 +105,7 @@ def _alive(lease: bytes) -> str | None:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
     except (ValueError, KeyError, TypeError):
         return None  # not written by a driver
-    if age > EXPIRES_SECONDS:
+    if age > LEASE_SECONDS:
         return None
     if host == socket.gethostname() and not _runs(pid, started):
         return None
