@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 import workers.run
 from statsvc.plan import Plan
@@ -21,6 +22,10 @@ from workers.decoders import Decoders
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
 from workers.progress import Display
+
+# How long an example takes says more of the machine's other work than of ours.
+settings.register_profile("statsvc", deadline=None)
+settings.load_profile("statsvc")
 
 # Dataset shards of 6, 7 and 6 samples; b has a broken photograph and a sample without one.
 SHARDS = {

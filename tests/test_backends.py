@@ -190,7 +190,7 @@ class BackendContract:
                     seen.add(data[0])
                 assert set(storage.list("")) <= {"object"}
         assert writer.returncode == 0
-        assert len(seen) > 10  # the test did see objects come and go
+        assert len(seen) > 2  # the test did see objects come and go
 
     def test_a_writer_that_is_killed_leaves_nothing_but_what_a_sweep_removes(
         self, location: str, storage: Backend

@@ -33,17 +33,18 @@ with Lease(backend(sys.argv[1])):
     sys.stdin.read()
 """
 TRY = """
-import sys, time
+import sys
 from statsvc.backends import backend
 from statsvc.errors import LeaseError
 from workers.lease import Lease
+print("ready", flush=True)
 sys.stdin.readline()
 try:
     with Lease(backend(sys.argv[1])):
-        time.sleep(0.5)
-        print("held")
+        print("held", flush=True)
+        sys.stdin.readline()
 except LeaseError:
-    print("refused")
+    print("refused", flush=True)
 """
 
 
@@ -279,13 +280,14 @@ def test_of_many_processes_that_begin_together_one_holds_the_store(tmp_path: Pat
     processes = [
         subprocess.Popen([sys.executable, "-c", TRY, str(tmp_path)], stdin=-1, stdout=-1, text=True) for _ in range(5)
     ]
-    time.sleep(1)  # for all of them to be ready
+    pipes = [(process.stdin, process.stdout) for process in processes if process.stdin and process.stdout]
+    assert [output.readline() for _, output in pipes] == ["ready\n"] * 5
+    for begin, _ in pipes:
+        begin.write("\n")
+        begin.flush()
+    assert sorted(output.readline() for _, output in pipes) == ["held\n"] + ["refused\n"] * 4
     for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    answers = sorted(process.communicate()[0].strip() for process in processes)
-    assert answers == ["held", "refused", "refused", "refused", "refused"]
+        process.communicate("\n")
 
 
 def test_of_many_that_take_over_a_dead_drivers_lease_one_holds_the_store(storage: Backend) -> None:

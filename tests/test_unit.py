@@ -388,6 +388,21 @@ def test_a_unit_of_which_nothing_can_be_used_is_done_all_the_same(
     assert workshop.rows_of("samples/status").tolist()[:2] == [UNDECODABLE, ABSENT]
 
 
+class Merging(FakeTeacher):
+    """Gives one row for a whole batch, which must not be taken for the row of any image."""
+
+    def __call__(self, images_BSS3: np.ndarray) -> dict[str, torch.Tensor]:
+        return {output: x_BTD.mean(0, keepdim=True) for output, x_BTD in super().__call__(images_BSS3).items()}
+
+
+def test_features_are_never_taken_for_those_of_another_image(workshop: Workshop, tar: Path) -> None:
+    commit = workshop.measure(tar, Merging())
+    assert (commit.rows, commit.status, commit.batch_split) == (9, {"ok": 9, "absent": 1}, True)
+    x_ND = features_of(FakeTeacher(), *KEYS)["patches"].reshape(-1, 12)
+    first, second = workshop.moments(FakeTeacher(), "patches")
+    np.testing.assert_allclose(first.merge(second).mean, x_ND.mean(axis=0), rtol=1e-6)
+
+
 def test_keys_that_are_no_text_are_committed_as_text_that_says_which(workshop: Workshop, tmp_path: Path) -> None:
     strange = write_tar(tmp_path / "strange.tar", [("\udce9\x1f.jpg", b"no image"), *photographs("b")])
     commit = workshop.measure(strange, FakeTeacher())

@@ -136,7 +136,8 @@ def forward(
     due = {output: (shape.tokens, shape.dim) for output, shape in teacher.outputs.items()}
     try:
         features = teacher(images_BSS3)
-        if {output: tuple(x.shape[1:]) for output, x in features.items()} == due:
+        batch_due = {output: (len(images_BSS3), *shape) for output, shape in due.items()}
+        if {output: tuple(x.shape) for output, x in features.items()} == batch_due:
             return features, np.zeros(len(images_BSS3), bool)
         if len(images_BSS3) == 1:
             absent = {o: torch.full((1, *shape), torch.nan, device=teacher.device) for o, shape in due.items()}
