@@ -130,7 +130,7 @@ class TestKilled:
         store = workspace / "store"
         plan = write_plan(workspace, plan_document(workspace))
         expected = contents(undisturbed[0])
-        for moment in sorted(random.Random(5).sample(range(len(expected) - 5), 5)):
+        for moment in sorted(random.Random(5).sample(range(len(expected) - 20), 5)):
             with started(plan) as driver:
                 while driver.poll() is None and count_files(store) <= moment:
                     time.sleep(0.002)
