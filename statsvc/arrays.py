@@ -7,10 +7,11 @@ import numpy as np
 
 from statsvc.backends import Backend
 from statsvc.canonical import little_endian
-from statsvc.checksum import crc32c, crc32c_hex
+from statsvc.checksum import CRC_NBYTES, crc32c, crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.layout import ArraySpec, group_metadata, groups
 from statsvc.ledger import Commit, ObjectRecord
+from statsvc.remoteshard import RemoteShard
 from statsvc.shardfile import ShardFile
 
 
@@ -48,33 +49,31 @@ def write_chunk(backend: Backend, spec: ArraySpec, shard: int, array: np.ndarray
 def read_chunk(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) -> np.ndarray:
     """[rows, *shape]: one dataset shard's part of an array, checked against its commit. Raises DamagedObject."""
     record = _record(spec, shard, commit)
+    due = spec.rows * spec.row_nbytes + CRC_NBYTES
+    if record.bytes != due:
+        raise _damaged(record.path, f"{record.bytes} bytes do not hold {spec.rows} rows of {spec.row_nbytes}")
+    data_B = np.empty(due, np.uint8)
     try:
-        data = backend.read(record.path)
+        with backend.fetch(record, 0, due) as fill:
+            fill(data_B.data)
     except FileNotFoundError as error:
         raise _damaged(record.path, "missing") from error
-    content = crc32c_hex(crc32c(data[:-4]))
-    if (
-        len(data) != record.bytes
-        or content != record.content_crc32c
-        or int(content, 16).to_bytes(4, "little") != data[-4:]
-    ):
-        raise _damaged(
-            record.path, f"{len(data)} bytes with crc32c {content}; {record.bytes}, {record.content_crc32c} due"
-        )
-    array = np.frombuffer(data[:-4], np.uint8)
-    if array.nbytes != spec.rows * spec.row_nbytes:
-        raise _damaged(record.path, f"{len(data)} bytes do not hold {spec.rows} rows of {spec.row_nbytes}")
-    return array.view(np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.rows, *spec.shape)
+    content = crc32c_hex(crc32c(data_B[:-CRC_NBYTES]))
+    if content != record.content_crc32c or int(content, 16).to_bytes(4, "little") != data_B[-CRC_NBYTES:].tobytes():
+        raise _damaged(record.path, f"crc32c {content}; {record.content_crc32c} due")
+    return data_B[:-CRC_NBYTES].view(np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.rows, *spec.shape)
 
 
-def open_feature_shard(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) -> ShardFile:
-    """A feature shard that is the one committed, by the checksums stored in it. Raises DamagedObject.
+def open_feature_shard(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) -> ShardFile | RemoteShard:
+    """A feature shard that is the one committed, by the checksums stored in it or by the backend's word.
 
-    Its rows are checked against those as they are read.
+    Its rows are checked as they are read. Raises DamagedObject.
     """
     record = _record(spec, shard, commit)
     try:
         buffer = backend.view(record.path)
+        if buffer is None:
+            return RemoteShard(backend, record, spec.rows, spec.row_nbytes)
     except FileNotFoundError as error:
         raise _damaged(record.path, "missing") from error
     if len(buffer) != record.bytes:

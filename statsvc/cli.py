@@ -33,11 +33,12 @@ def cli(verbose: bool) -> None:
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Check everything and print phases, rows and bytes; write nothing.")
 @click.option("--retry", is_flag=True, help="Take up quarantined dataset shards again.")
-def run(plan: Path, dry_run: bool, retry: bool) -> int:
+@click.option("--store", help="Write there, whatever the plan names: one plan for several places.")
+def run(plan: Path, dry_run: bool, retry: bool, store: str | None) -> int:
     """Index, measure, fit and cache what PLAN asks for; run it again after anything and it goes on."""
     from statsvc.plan import read_plan
 
-    asked = read_plan(plan)
+    asked = read_plan(plan, store)
     driver, progress = _extra("workers.run", "worker"), _extra("workers.progress", "worker")
     code: int = driver.run(asked, progress.Display(), dry_run=dry_run, retry=retry)
     return code
@@ -45,6 +46,17 @@ def run(plan: Path, dry_run: bool, retry: bool) -> int:
 
 store_option = click.option("--store", "location", required=True, help="The store: a path.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+
+
+@cli.command()
+@click.option("--store", help="The store: a path; it may appear later. [STATSVC_STORE]")
+@click.option("--host", help="Address to listen on. [STATSVC_HOST; default 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on. [STATSVC_PORT; default 8000]")
+def serve(**options: Any) -> int:
+    """Serve transforms and feature shards over HTTP until Ctrl-C; a token is set by STATSVC_TOKEN only."""
+    server = _extra("api.server", "api")
+    server.serve(server.read_settings(**options))
+    return DONE
 
 
 @cli.command()

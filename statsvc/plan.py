@@ -161,11 +161,16 @@ class Plan(Section):
         return value
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file. Raises PlanError with one sentence per mistake: key, value, rule, way out."""
+def read_plan(path: Path, store: str | None = None) -> Plan:
+    """The plan in a YAML file, with another store than its own where one is given.
+
+    Raises PlanError with one sentence per mistake: key, value, rule, way out.
+    """
     document = read_document(path)
     if not isinstance(document, dict):
         raise PlanError(f"{path}: a plan is a mapping with the keys {', '.join(Plan.model_fields)}")
+    if store is not None:
+        document["store"] = store
     try:
         return Plan.model_validate(document)
     except ValidationError as error:

@@ -32,9 +32,9 @@ def open_store(location: str) -> Store:
 class Store:
     """What a finished or growing store holds. Read only."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, ledger: Ledger | None = None) -> None:
         self.backend = backend
-        self.ledger = Ledger(backend)
+        self.ledger = ledger or Ledger(backend)
         about = attributes(backend, "")
         if about.get("format") != FORMAT:
             raise StoreError(f"this store has format {about.get('format')!r}, this statsvc reads {FORMAT!r}")

@@ -108,21 +108,24 @@ class Transform:
         )
         return mean_D, matrix_kD, inverse_Dk
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, dtype: str = "float64") -> bytes:
         """The artifact: a safetensors file with float64 tensors and everything else as metadata strings.
+
+        With float32 it is for those who apply it in that precision: from_bytes takes the artifact itself only.
 
         Written here because the safetensors library orders metadata at random, and equal transforms must give
         equal files. Layout: u64 length of a JSON header, the header, the tensors.
         """
-        header: dict[str, Any] = {"__metadata__": self._metadata()}
+        header: dict[str, Any] = {"__metadata__": self.metadata()}
+        tensors: list[bytes] = []
         offset = 0
         for name in TENSORS:
-            array = getattr(self, name)
-            header[name] = {"dtype": "F64", "shape": array.shape, "data_offsets": [offset, offset + array.nbytes]}
+            array = getattr(self, name).astype(dtype, copy=False)
+            tensors.append(little_endian(array).tobytes())
+            header[name] = {"dtype": {"float64": "F64", "float32": "F32"}[dtype], "shape": array.shape, "data_offsets": [offset, offset + array.nbytes]}
             offset += array.nbytes
         text = canonical_json(header)
         text += b" " * (-len(text) % 8)
-        tensors = (little_endian(getattr(self, name)).tobytes() for name in TENSORS)
         return struct.pack("<Q", len(text)) + text + b"".join(tensors)
 
     @classmethod
@@ -146,7 +149,7 @@ class Transform:
                 moments_digest=metadata["moments_digest"],
                 statsvc_version=metadata["statsvc_version"],
             )
-            if wrong := [key for key, value in transform._metadata().items() if metadata[key] != value]:
+            if wrong := [key for key, value in transform.metadata().items() if metadata[key] != value]:
                 raise ValueError(f"its {wrong[0]} is {metadata[wrong[0]]!r}")
         except Exception as error:  # whatever the bytes are, it is not our file
             raise DamagedObject(f"transform {digest}: not a transform artifact ({error}); restore the file") from error
@@ -157,7 +160,7 @@ class Transform:
             )
         return transform
 
-    def _metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """What the artifact says beside its tensors."""
         return {
             "method": self.method,

@@ -1,10 +1,20 @@
 """Where the objects of a store lie. A new kind of storage is one new file and one line in BACKENDS."""
 
-from collections.abc import Callable
-from typing import BinaryIO, Protocol
+from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from statsvc.backends.http import HttpBackend
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import PlanError
+
+if TYPE_CHECKING:
+    from statsvc.ledger import ObjectRecord
+
+
+Fill = Callable[[memoryview], None]
 
 
 class Upload(Protocol):
@@ -27,8 +37,18 @@ class Backend(Protocol):
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
 
-    def view(self, path: str) -> memoryview:
-        """The whole object without a copy where the storage can. Raises FileNotFoundError."""
+    def view(self, path: str) -> memoryview | None:
+        """The whole object without a copy; None: this storage cannot, use `fetch`. Raises FileNotFoundError."""
+
+    def fetch(self, record: ObjectRecord, begin: int, end: int) -> AbstractContextManager[Fill]:
+        """Bytes `begin` to `end` of a committed object, as a function that fills one buffer after the other with them.
+
+        Raises FileNotFoundError, and DamagedObject where an object of another size lies there or the storage knows it
+        to be another one: when it is opened or later. Whether the bytes are right is for the reader to check.
+        """
+
+    def version(self, path: str) -> str | None:
+        """Another one whenever the object at the path was replaced; None where there is none."""
 
     def size(self, path: str) -> int | None:
         """Bytes of the object; None where there is none."""
@@ -61,16 +81,21 @@ class Backend(Protocol):
         """Whether anything was ever written here."""
 
 
-BACKENDS: dict[str, Callable[[str], Backend]] = {
-    "file": LocalBackend,
+# From a location and a token.
+BACKENDS: dict[str, Callable[[str, str | None], Backend]] = {
+    "file": lambda location, _: LocalBackend(location.removeprefix("file://")),
+    "http": HttpBackend,
+    "https": HttpBackend,
 }
 
 
-def backend(location: str) -> Backend:
-    """The backend of a store location. Raises PlanError for a kind of storage that is not in BACKENDS."""
-    scheme, separator, rest = location.partition("://")
-    if not separator:
-        scheme, rest = "file", location
-    if scheme not in BACKENDS:
-        raise PlanError(f"store {location!r}: no storage is named {scheme!r}; give a plain path")
-    return BACKENDS[scheme](rest)
+def backend(location: str, token: str | None = None) -> Backend:
+    """The backend of a store location; `token` is for those that ask for one.
+
+    Raises PlanError for a kind of storage that is not in BACKENDS, and for a URL that is none.
+    """
+    scheme, separator, _ = location.partition("://")
+    kind = scheme.lower() if separator else "file"
+    if kind not in BACKENDS:
+        raise PlanError(f"store {location!r}: no storage is named {scheme!r}; give a plain path or http://host:8000")
+    return BACKENDS[kind](location, token)

@@ -1,4 +1,6 @@
-"""Objects as files below one folder."""
+"""Objects as files below one folder. A symbolic link that leads out of it is no object, and nothing below it is."""
+
+from __future__ import annotations
 
 import errno
 import fcntl
@@ -7,13 +9,22 @@ import os
 import shutil
 import stat
 import uuid
-from itertools import takewhile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from statsvc.errors import PlanError, StoreError
+from statsvc.backends.paths import check_path
+from statsvc.errors import DamagedObject, PlanError, StoreError
+
+if TYPE_CHECKING:
+    from statsvc.backends import Fill
+    from statsvc.ledger import ObjectRecord
 
 PARTIAL = ".partial-"
+NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class LocalBackend:
@@ -32,18 +43,42 @@ class LocalBackend:
                 return memoryview(b"")  # an empty file cannot be mapped
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
+    @contextmanager
+    def fetch(self, record: ObjectRecord, begin: int, end: int) -> Iterator[Fill]:
+        with self._open(record.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.bytes or end > size:
+                raise DamagedObject(
+                    f"{record.path}: {size} bytes; {record.bytes} due, {begin} to {end} asked for; `statsvc verify "
+                    "--repair` removes the damage, the next run restores it"
+                )
+            file.seek(begin)
+
+            def fill(out: memoryview) -> None:
+                if file.tell() + len(out) > end:
+                    raise ValueError(f"{record.path}: more than bytes {begin} to {end}, which were asked for")
+                if file.readinto(out) != len(out):
+                    raise DamagedObject(f"{record.path}: cut while it was read; run `statsvc verify`")
+
+            yield fill
+
+    def version(self, path: str) -> str | None:
+        found = self._stat(path)
+        return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}" if found else None
+
     def size(self, path: str) -> int | None:
-        try:
-            found = self._file(path).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        found = self._stat(path)
+        return found.st_size if found else None
 
     def list(self, folder: str) -> list[str]:
         try:
-            return sorted(entry.name for entry in os.scandir(self._file(folder)) if PARTIAL not in entry.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            with os.scandir(self._inside(folder)) as entries:
+                found = [(entry.name, entry.is_symlink()) for entry in entries if PARTIAL not in entry.name]
+        except OSError as error:
+            if error.errno in NOTHING_THERE:
+                return []
+            raise
+        return sorted(name for name, link in found if not link or self._leads_inside(f"{folder}/{name}".lstrip("/")))
 
     def write(self, path: str, data: bytes) -> None:
         upload = self.create(path)
@@ -53,7 +88,7 @@ class LocalBackend:
         finally:
             upload.discard()
 
-    def create(self, path: str) -> "LocalUpload":
+    def create(self, path: str) -> LocalUpload:
         return LocalUpload(self._file(path or "."))  # the root is no object
 
     def remove(self, path: str) -> None:
@@ -68,7 +103,10 @@ class LocalBackend:
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # released with the descriptor, also by a process that dies
-            current = target.read_bytes() if target.exists() else None
+            try:
+                current: bytes | None = self.read(path)
+            except FileNotFoundError:
+                current = None
             if current != expected:
                 return False
             if data is None:
@@ -104,20 +142,48 @@ class LocalBackend:
             raise PlanError(f"store: {str(self.root)!r} cannot be written, {str(folder)!r} is read only; name another")
 
     def exists(self) -> bool:
-        return (self.root / "zarr.json").is_file()
+        return self.size("zarr.json") is not None
 
-    def _open(self, path: str) -> BinaryIO:
-        file = self._file(path)
+    def _stat(self, path: str) -> os.stat_result | None:
+        """Of an object; None where there is none."""
         try:
-            return file.open("rb")
-        except (IsADirectoryError, NotADirectoryError) as error:
-            raise FileNotFoundError(errno.ENOENT, "no object lies there", str(file)) from error
+            found = self._inside(path).stat()
+        except OSError as error:
+            if error.errno in NOTHING_THERE:
+                return None
+            raise
+        return found if stat.S_ISREG(found.st_mode) else None
+
+    def _open(self, path: str) -> BufferedReader:
+        try:
+            return self._inside(path).open("rb")
+        except OSError as error:
+            if error.errno in NOTHING_THERE:
+                raise FileNotFoundError(errno.ENOENT, "no object lies there", path) from error
+            raise
 
     def _file(self, path: str) -> Path:
-        """The file of an object; "" is the root folder."""
-        if path and ("\\" in path or "\0" in path or {"", ".", ".."} & set(path.split("/"))):
-            raise StoreError(f"a path of the store is relative and stays inside it; got {path!r}")
+        """The file of an object that is to be written; "" is the root folder. No folder above it leads outside."""
+        check_path(path)
+        folder = path.rpartition("/")[0]
+        if not self._leads_inside(folder):
+            raise StoreError(f"{folder}: a link that leads out of the store; put a folder in its place")
         return self.root / path
+
+    def _inside(self, path: str) -> Path:
+        """The file of an object that is to be read. Raises FileNotFoundError where a link leads out of the store."""
+        check_path(path)
+        if not self._leads_inside(path):
+            raise FileNotFoundError(errno.ENOENT, "no object lies there", path)
+        return self.root / path
+
+    def _leads_inside(self, path: str) -> bool:
+        """Where links lead is looked up only if there is one: most stores have none."""
+        above = accumulate(path.split("/") if path else (), "{}/{}".format)
+        if not any(os.path.islink(f"{self.root}/{part}") for part in above):  # noqa: PTH114 - three times as fast
+            return True
+        root, real = os.path.realpath(self.root), os.path.realpath(self.root / path)
+        return Path(real).is_relative_to(root)
 
 
 class LocalUpload:

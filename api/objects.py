@@ -1,0 +1,168 @@
+"""Which objects of the store may leave it, and what is known of each: an allow-list, by the shape of the path.
+
+- every zarr.json;
+- chunks and shards of the arrays that a commit vouches for (anything else is absent, as the Zarr specification has it);
+- for statsvc's own readers: commits, transforms and reports.
+
+`.statsvc/run.json`, the lease, partial files and everything else match nothing here, and so do not exist.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from api.live import LiveStore
+from statsvc.checksum import crc32c, crc32c_hex
+from statsvc.errors import DamagedObject, NotFound
+from statsvc.ledger import Commit
+from statsvc.store import Store
+
+NAME = r"[a-z0-9][a-z0-9_.-]{0,127}"
+METADATA = re.compile(rf"(?:{NAME}/){{0,6}}zarr\.json")
+CHUNK = re.compile(rf"((?:{NAME}/){{1,5}}{NAME})/c/(0|[1-9][0-9]{{0,8}})(?:/0){{0,2}}")
+RECORD = re.compile(
+    rf"\.statsvc/(?:commits/(?:{NAME}/){{1,3}}{NAME}\.json|transforms/[0-9a-f]{{64}}\.safetensors"
+    r"|reports/[0-9a-f]{64}\.json)"
+)
+FOLDER = re.compile(rf"teachers(?:/{NAME}/cache)?|\.statsvc/commits(?:/{NAME}){{0,3}}")
+
+KEPT = 256  # objects that are kept open between requests
+REGION_NBYTES = 1 << 20
+WARM_SECONDS = 60.0
+
+
+class Readable:
+    """An object that may be read: its bytes, mapped or held, and what identifies them."""
+
+    def __init__(self, path: str, view: memoryview, etag: str, media_type: str = "application/octet-stream") -> None:
+        self.path, self.view, self.etag, self.media_type = path, view, etag, media_type
+        self._touched = [-math.inf] * (len(view) // REGION_NBYTES + 1)
+
+    def is_cold(self, begin: int, end: int) -> bool:
+        """Whether bytes [begin, end) may have to come from disk: nobody read them within the last minute."""
+        oldest = min(self._touched[begin // REGION_NBYTES : (end - 1) // REGION_NBYTES + 1])
+        return oldest < time.monotonic() - WARM_SECONDS
+
+    def warm_up(self, begin: int, end: int) -> None:
+        """Touch every page, in a thread: numpy lets the other threads run meanwhile, where a bytes() would not."""
+        first, last = begin // REGION_NBYTES, (end - 1) // REGION_NBYTES
+        region = np.frombuffer(self.view, np.uint8)[first * REGION_NBYTES : (last + 1) * REGION_NBYTES]
+        region[:: max(1, min(mmap.PAGESIZE, len(region) // 2048))].max()  # numpy keeps the lock for few numbers
+        self._touched[first : last + 1] = [time.monotonic()] * (last + 1 - first)
+
+
+class _Kept(NamedTuple):
+    readable: Readable
+    versions: tuple[tuple[str, str | None], ...]  # of everything that was looked at
+
+
+class Objects:
+    """Opens what may be read, and keeps it open: a file that is mapped anew for every range costs twice the time."""
+
+    def __init__(self, live: LiveStore) -> None:
+        self._live = live
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+
+    def kept(self, path: str) -> Readable | None:
+        """An object that was opened before and still is the one that lies there; only looks, and so does not block."""
+        with self._lock:
+            found = self._kept.get(path)
+            if found is None:
+                return None
+            if any(self._live.backend.version(seen) != version for seen, version in found.versions):
+                del self._kept[path]
+                return None
+            self._kept.move_to_end(path)
+            return found.readable
+
+    def open(self, path: str) -> Readable:
+        """Raises NotFound where nothing may be read, DamagedObject where a commit vouches for other bytes."""
+        backend = self._live.backend
+        version = backend.version(path)
+        if METADATA.fullmatch(path) or RECORD.fullmatch(path):
+            try:
+                content = backend.read(path)
+            except FileNotFoundError as error:
+                raise absent(path) from error
+            media_type = "application/octet-stream" if path.endswith(".safetensors") else "application/json"
+            readable = Readable(path, memoryview(content), f'"{crc32c_hex(crc32c(content))}"', media_type)
+            return self._keep(_Kept(readable, ((path, version),)))
+        found = CHUNK.fullmatch(path)
+        if not found:
+            raise absent(path)
+        for commit in vouching(self._live.current(), found[1].split("/"), int(found[2])):
+            for record in commit.objects:
+                if record.path == path:
+                    versions = ((path, version), (commit.path, backend.version(commit.path)))
+                    view = self._view(path, record.bytes)
+                    etag = f'"{record.content_crc32c}"'
+                    return self._keep(_Kept(Readable(path, view, etag, "application/octet-stream"), versions))
+        raise absent(path)
+
+    def names(self, folder: str) -> list[str]:
+        """What lies directly below a folder. Raises NotFound for a folder that may not be listed."""
+        if not FOLDER.fullmatch(folder):
+            raise absent(folder)
+        return self._live.backend.list(folder)
+
+    def _view(self, path: str, nbytes: int) -> memoryview:
+        try:
+            view = self._live.backend.view(path)
+            if view is None:
+                view = memoryview(self._live.backend.read(path))
+        except FileNotFoundError as error:
+            raise DamagedObject(
+                f"{path}: committed but missing; `statsvc verify --repair` and the next run restore it"
+            ) from error
+        if len(view) != nbytes:
+            raise DamagedObject(
+                f"{path}: {len(view)} bytes where the commit says {nbytes}; `statsvc verify --repair` removes it, "
+                "and the next run restores it"
+            )
+        return view
+
+    def _keep(self, kept: _Kept) -> Readable:
+        with self._lock:
+            self._kept[kept.readable.path] = kept
+            self._kept.move_to_end(kept.readable.path)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return kept.readable
+
+
+def vouching(store: Store, array: list[str], shard: int) -> Iterator[Commit]:
+    """The commits that may vouch for the part of an array that belongs to a dataset shard."""
+    ledger = store.ledger
+    units: Iterator[tuple[str, str | None, str | None]]
+    match array:
+        case ["samples", "key_hash"]:
+            units = iter([("index", None, None)])
+        case ["samples", "status" | "views"]:
+            units = (("cache", name, set_) for name in store.teachers() for set_ in store.teacher(name).cache_sets())
+        case ["teachers", teacher, "status"]:
+            units = (("cache", teacher, set_) for set_ in store.teacher(teacher).cache_sets())
+        case ["teachers", teacher, "moments", _, _]:
+            units = iter([("measure", teacher, None)])
+        case ["teachers", teacher, "cache", set_, _, _]:
+            units = iter([("cache", teacher, set_)])
+        case _:
+            units = iter(())
+    for phase, teacher_name, cache_set in units:
+        if commit := ledger.read(phase, shard, teacher_name, cache_set):
+            yield commit
+
+
+def absent(path: str) -> NotFound:
+    """Says no more than that: whether something lies there is nobody's business."""
+    del path
+    return NotFound("no such object: not committed (yet), or nothing that is served")

@@ -1,0 +1,61 @@
+"""Can the fits be trusted, and are the cached targets what they promised?"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from api.models import Report
+from api.openapi import problems
+from api.service import ServiceDep, TeacherName
+from statsvc.drift import shard_drift
+from statsvc.errors import NotFound
+from statsvc.store import Teacher
+
+router = APIRouter(tags=["statistics"])
+
+
+@router.get("/teachers/{name}/report", responses=problems(404, 409))
+def read_report(
+    service: ServiceDep,
+    name: TeacherName,
+    start: Annotated[int, Query(ge=0, le=999_999_999, description="first dataset shard of the drift")] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="dataset shards of the drift in one answer")] = 1000,
+) -> Report:
+    """The report of every fit, and for each cache set and output how far each dataset shard is from the pilot."""
+    teacher = service.live.teacher(name)
+    return Report(
+        teacher=name,
+        fits={
+            output: {
+                method: teacher.store.report(found) if isinstance(found, str) else found
+                for method, found in methods.items()
+            }
+            for output, methods in service.live.fits(teacher).items()
+        },
+        drift={
+            set_: {output: drift(teacher, output, set_, start, limit) for output in teacher.outputs}
+            for set_ in teacher.cache_sets()
+        },
+    )
+
+
+def drift(teacher: Teacher, output: str, cache_set: str, start: int, limit: int) -> list[dict[str, Any]]:
+    """One entry for each dataset shard with targets."""
+    ledger = teacher.store.ledger
+    numbers = [number for number in ledger.shards("cache", teacher.name, cache_set) if number >= start][:limit]
+    if not numbers:
+        return []
+    try:
+        targets = teacher.targets(output, cache_set)
+    except NotFound:
+        return []
+    found = []
+    for number in numbers:
+        commit = ledger.read("cache", number, teacher.name, cache_set)
+        if commit is not None and (of_shard := shard_drift(targets, commit)):
+            found.append({name: value if not isinstance(value, float) or math.isfinite(value) else None
+                          for name, value in of_shard._asdict().items()})  # fmt: skip
+    return found

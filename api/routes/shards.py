@@ -1,0 +1,123 @@
+"""Committed feature shards: which there are, and their bytes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import Response
+
+from api.byteroute import ObjectResponse
+from api.errors import BadRequest
+from api.models import ShardEntry, Shards
+from api.openapi import OBJECT, RANGE_HEADERS, problems
+from api.service import ServiceDep, TeacherName
+from statsvc.codec import codec
+from statsvc.errors import NotFound
+from statsvc.layout import cache_arrays
+from statsvc.store import Teacher
+
+router = APIRouter(tags=["feature shards"])
+
+ArrayQuery = Annotated[
+    str | None,
+    Query(
+        description="output and array: patches/codes, patches/scales, patches/values, ...; without it, the patches' "
+        "codes or values",
+        pattern=r"^[a-z]{1,32}/[a-z_]{1,32}$",
+        examples=["patches/codes"],
+    ),
+]
+SetQuery = Annotated[
+    str | None,
+    Query(alias="set", description="cache set; may be left out where there is one", pattern=r"^[a-z0-9._-]{1,128}$"),
+]
+ShardNumber = Annotated[int, Path(ge=0, le=999_999_999, examples=[0])]
+
+
+@router.get("/teachers/{name}/shards", responses=problems(404))
+def list_shards(
+    service: ServiceDep,
+    name: TeacherName,
+    array: ArrayQuery = None,
+    set_: SetQuery = None,
+    start: Annotated[int, Query(ge=0, le=999_999_999, description="first dataset shard to list")] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="entries of one answer")] = 10_000,
+) -> Shards:
+    """Committed feature shards of one array, in order."""
+    teacher = service.live.teacher(name)
+    chosen = choose_set(teacher, set_)
+    array = choose_array(teacher, chosen, array)
+    output = array.partition("/")[0]
+    ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
+    numbers = [number for number in ledger.shards("cache", name, chosen) if number >= start]
+    entries, digest = [], ""
+    for number in numbers[:limit]:
+        commit = ledger.read("cache", number, name, chosen)
+        if commit is None:
+            continue  # removed a moment ago
+        digest = (commit.transform or {}).get(output, "")
+        entries += [
+            ShardEntry(shard=number, rows=commit.rows, bytes=record.bytes, crc32c=record.crc32c,
+                       content_crc32c=record.content_crc32c)
+            for record in commit.objects
+            if record.path.startswith(folder)
+        ]  # fmt: skip
+    following = None
+    if len(numbers) > limit:
+        following = f"/teachers/{name}/shards?array={array}&set={chosen}&start={numbers[limit]}&limit={limit}"
+    return Shards(teacher=name, set=chosen, array=array, transform=digest, shards=entries, next=following)
+
+
+@router.head("/teachers/{name}/shards/{shard}", include_in_schema=False, response_model=None)
+@router.get(
+    "/teachers/{name}/shards/{shard}",
+    response_model=None,
+    responses=OBJECT,
+    openapi_extra=RANGE_HEADERS,
+)
+def read_shard(
+    service: ServiceDep, name: TeacherName, shard: ShardNumber, array: ArrayQuery = None, set_: SetQuery = None
+) -> Response:
+    """The bytes of one feature shard as they lie on disk, with ranges, conditions and HEAD."""
+    teacher = service.live.teacher(name)
+    chosen = choose_set(teacher, set_)
+    spec = specs(teacher, chosen, choose_array(teacher, chosen, array))
+    readable = service.objects.kept(spec.object(shard)) or service.objects.open(spec.object(shard))
+    return ObjectResponse(readable, service)
+
+
+def choose_set(teacher: Teacher, asked: str | None) -> str:
+    """The cache set that was asked for, or the only one."""
+    there = teacher.cache_sets()
+    if asked is None and len(there) == 1:
+        return there[0]
+    if asked is None and there:
+        raise BadRequest(f"teacher {teacher.name} has several cache sets; choose with ?set=: {', '.join(there)}")
+    if asked is None or asked not in there:
+        raise NotFound(
+            f"teacher {teacher.name} has no cache set {asked or ''!r}; there are {', '.join(there) or 'none yet'}"
+        )
+    return asked
+
+
+def choose_array(teacher: Teacher, cache_set: str, asked: str | None) -> str:
+    """The array that was asked for, or the patches' targets."""
+    if asked is None:
+        output = next(iter(teacher.outputs))
+        asked = f"{output}/{next(part.name for part in codec(cache_set.rpartition('-')[2]).arrays if part.sharded)}"
+    specs(teacher, cache_set, asked)
+    return asked
+
+
+def specs(teacher: Teacher, cache_set: str, array: str) -> Any:
+    """The array's description. Raises NotFound naming those there are."""
+    output, _, wanted = array.partition("/")
+    shape = teacher.output(output)
+    arrays = cache_arrays(
+        teacher.name, cache_set, output, dtype=cache_set.rpartition("-")[2], transform="", tokens=shape.tokens,
+        k=shape.dim, rows=teacher.store.rows_per_shard,
+    )  # fmt: skip
+    if wanted not in arrays:
+        raise NotFound(f"no array {array!r} in {cache_set}; there are {', '.join(f'{output}/{a}' for a in arrays)}")
+    return arrays[wanted]

@@ -1,0 +1,82 @@
+"""`statsvc serve`: the app under uvicorn, with settings for production."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+from pydantic import ValidationError
+
+from api.app import create_app
+from api.protocol import Protocol
+from api.settings import Settings
+from statsvc.errors import PlanError
+
+STALL_MILLISECONDS = 120_000  # a client that takes no byte for so long is gone
+KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of common proxies in front
+
+
+def read_settings(**given: Any) -> Settings:
+    """Options that were given, else variables STATSVC_<NAME>, else defaults. Raises PlanError."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        raise PlanError(f"settings of the service: {found}") from None
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; transfers then have `grace_seconds` to end. Raises PlanError, OSError."""
+    if settings.token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logging.getLogger("statsvc.api").warning(
+            "listening on %s without a token: everyone who reaches it may read; set STATSVC_TOKEN", settings.host
+        )
+    _log_to_standard_error()
+    server: uvicorn.Server
+    app = create_app(settings, stopping=lambda: server.should_exit)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            loop="uvloop",
+            http=Protocol,
+            ws="none",
+            access_log=False,  # ours has more in it, and nothing secret
+            log_config=None,
+            server_header=False,
+            proxy_headers=True,  # from 127.0.0.1, or FORWARDED_ALLOW_IPS
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=settings.grace_seconds,
+        )
+    )
+    with listening_socket(settings.host, settings.port) as listener:
+        server.run(sockets=[listener])
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket whose connections end when the other side no longer answers. Raises PlanError for a taken port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Accepted connections inherit these. The kernel sees what the app cannot: a reader that stopped reading.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MILLISECONDS)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PlanError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port") from error
+    return listener
+
+
+def _log_to_standard_error() -> None:
+    """One JSON line for each request, plain lines for the rest."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access = logging.getLogger("statsvc.access")
+    access.handlers, access.propagate = [handler], False
+    access.setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.INFO)
