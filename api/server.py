@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from api.app import create_app
@@ -37,22 +38,25 @@ def serve(settings: Settings) -> None:
     _log_to_standard_error()
     server: uvicorn.Server
     app = create_app(settings, stopping=lambda: server.should_exit)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            loop="uvloop",
-            http=Protocol,
-            ws="none",
-            access_log=False,  # ours has more in it, and nothing secret
-            log_config=None,
-            server_header=False,
-            proxy_headers=True,  # from 127.0.0.1, or FORWARDED_ALLOW_IPS
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=settings.grace_seconds,
-        )
-    )
+    server = uvicorn.Server(configure(app, settings))
     with listening_socket(settings.host, settings.port) as listener:
         server.run(sockets=[listener])
+
+
+def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """uvicorn's settings."""
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=Protocol,
+        ws="none",
+        access_log=False,  # ours has more in it, and nothing secret
+        log_config=None,
+        server_header=False,
+        proxy_headers=True,  # from 127.0.0.1, or FORWARDED_ALLOW_IPS
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=settings.grace_seconds,
+    )
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -14,9 +14,11 @@ import torch
 from hypothesis import settings
 
 import workers.run
+from api.settings import Settings
 from statsvc.plan import Plan
 from statsvc.store import Store, open_store
 from tests.plans import TINY_SIGLIP
+from tests.service import Running, serving
 from tests.tiny import InProcess, photographs, write_tar
 from workers.decoders import Decoders
 from workers.engines import ENGINES
@@ -148,3 +150,24 @@ def in_process(patch: pytest.MonkeyPatch, decoders: Decoders) -> None:
         return InProcess(setup, decoders)
 
     patch.setitem(ENGINES, "inline", engine)
+
+
+@pytest.fixture
+def service(finished: Finished) -> Iterator[Running]:
+    """The service of a copy of the finished store."""
+    with serving(finished.path) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def service_once(finished_once: Finished) -> Iterator[Running]:
+    """The service of the finished store, for tests that leave it as it is."""
+    with serving(finished_once.path) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the environment of whoever runs the tests is no setting of theirs."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"STATSVC_{name.upper()}", raising=False)
