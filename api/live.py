@@ -51,6 +51,7 @@ class LiveStore:
         self._opened: tuple[str, Store] | None = None
         self._teacher = lru_cache(KEPT_TEACHERS)(self._open_teacher)
         self._fits = lru_cache(KEPT_TEACHERS)(self._read_fits)
+        self.moments_digest = lru_cache(KEPT_TEACHERS)(self._read_moments_digest)
 
     def current(self) -> Store:
         """Raises NotAStore while there is none."""
@@ -82,3 +83,7 @@ class LiveStore:
     def _read_fits(self, teacher: Teacher, version: str) -> dict[str, dict[str, Any]]:
         del version
         return teacher.fits()
+
+    def _read_moments_digest(self, digest: str) -> str:
+        """What a transform was fitted to; kept, as it never changes and its artifact may be large."""
+        return self.current().transform(digest).moments_digest

@@ -30,32 +30,33 @@ def choose(request: Request, asked: str | None, available: tuple[str, ...]) -> s
             raise NotAcceptable(f"no format {asked!r} here; there are {', '.join(available)}")
         return asked
     accept = request.headers.get("accept", "*/*")
-    best, best_quality = None, 0.0
-    for name in available:
-        quality = max((_quality(item, MEDIA_TYPES[name]) for item in accept.split(",")), default=0.0)
-        if quality > best_quality:
-            best, best_quality = name, quality
-    if best is None:
+    quality = {name: _quality(accept, MEDIA_TYPES[name]) for name in available}
+    best = max(available, key=lambda name: quality[name])  # the first of equals
+    if not quality[best]:
         offered = ", ".join(MEDIA_TYPES[name] for name in available)
         raise NotAcceptable(f"Accept: {accept[:200]} matches none of {offered}; or use ?format=")
     return best
 
 
-def _quality(item: str, media_type: str) -> float:
-    """q of one item of an Accept header for a media type; 0 where it does not match."""
-    wanted, *parameters = (part.strip().lower() for part in item.split(";"))
-    family = media_type.partition("/")[0]
-    if wanted not in (media_type, f"{family}/*", "*/*", ""):
-        return 0.0
-    quality = 1.0
+def _quality(accept: str, media_type: str) -> float:
+    """q of the item of an Accept header that names a media type most closely; 0 where none does."""
+    closeness = ("*/*", f"{media_type.partition('/')[0]}/*", media_type)
+    closest, quality = -1, 0.0
+    for item in accept.split(","):
+        wanted, *parameters = (part.strip().lower() for part in item.split(";"))
+        if wanted in closeness and closeness.index(wanted) > closest:
+            closest, quality = closeness.index(wanted), _q(parameters)
+    return quality
+
+
+def _q(parameters: list[str]) -> float:
     for parameter in parameters:
         if parameter.startswith("q="):
             try:
-                quality = float(parameter[2:])
+                return min(max(float(parameter[2:]), 0.0), 1.0)
             except ValueError:
-                quality = 0.0
-    # A type that is named counts before a family, and that before anything.
-    return quality - (0.0 if wanted == media_type else 1e-4 if wanted == f"{family}/*" else 2e-4)
+                return 0.0
+    return 1.0
 
 
 def is_known(request: Request, etag: str) -> bool:

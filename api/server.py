@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from typing import Any
@@ -14,7 +15,8 @@ from pydantic import ValidationError
 from api.app import create_app
 from api.protocol import Protocol
 from api.settings import Settings
-from statsvc.errors import PlanError
+from statsvc.errors import PlanError, StatsvcError
+from statsvc.store import open_store
 
 STALL_MILLISECONDS = 120_000  # a client that takes no byte for so long is gone
 KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of common proxies in front
@@ -40,7 +42,27 @@ def serve(settings: Settings) -> None:
     app = create_app(settings, stopping=lambda: server.should_exit)
     server = uvicorn.Server(configure(app, settings))
     with listening_socket(settings.host, settings.port) as listener:
+        for line in introduction(settings, listener.getsockname()[1]):
+            print(line, flush=True)
+        # uvicorn ends gracefully on these, and then hands them on: ended is ended, not failed.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
         server.run(sockets=[listener])
+
+
+def introduction(settings: Settings, port: int) -> list[str]:
+    """Where the service is found, and what to try first."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    secret = " -H 'Authorization: Bearer '$STATSVC_TOKEN" if settings.token else ""
+    try:
+        name = next(iter(open_store(settings.store).teachers()), None)
+    except StatsvcError:
+        name = None
+    paths = ["progress", "teachers", "readyz"]
+    if name is not None:
+        paths = [f"teachers/{name}/phis", f"teachers/{name}/targets?rows=0' --output 'row.npy", "zarr/zarr.json"]
+    return [f"serving on {url} until Ctrl-C; try", *(f"  curl{secret} '{url}/{path}'" for path in paths)]
 
 
 def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
@@ -17,29 +15,15 @@ from api.reader import TargetReader
 from api.settings import Settings
 
 
-@dataclass
 class Service:
-    """One app's state."""
+    """One app's state. `stopping` says whether the server is about to end."""
 
-    settings: Settings
-    live: LiveStore
-    stopping: Callable[[], bool] = field(default=lambda: False)  # whether the server is about to end
-
-    @cached_property
-    def objects(self) -> Objects:
-        return Objects(self.live)
-
-    @cached_property
-    def census(self) -> Census:
-        return Census(self.live)
-
-    @cached_property
-    def reader(self) -> TargetReader:
-        return TargetReader(self.live)
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        return Metrics(self.census)
+    def __init__(self, settings: Settings, live: LiveStore, stopping: Callable[[], bool]) -> None:
+        self.settings, self.live, self.stopping = settings, live, stopping
+        self.objects = Objects(live)
+        self.census = Census(live)
+        self.reader = TargetReader(live)
+        self.metrics = Metrics(self.census)
 
 
 def service_of(request: Request) -> Service:

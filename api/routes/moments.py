@@ -50,7 +50,7 @@ def read_moments(
     fits = [digest for digest in service.live.fits(teacher).get(output, {}).values() if isinstance(digest, str)]
     if not fits:
         raise NotFitted(f"teacher {name} is being measured; ask again later", service.census.progress())
-    digest = service.live.current().transform(fits[0]).moments_digest
+    digest = service.live.moments_digest(fits[0])
     chosen = choose(request, format_, ("json", "npz"))
     etag = f'"{digest}-{chosen}-{dtype}"'
     headers = {**CURRENT, **VARY}
