@@ -11,7 +11,6 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from api.files import send_object
 from api.objects import Readable
 from api.service import Service, service_of
 
@@ -21,10 +20,10 @@ class ObjectResponse(Response):
 
     def __init__(self, readable: Readable, service: Service) -> None:
         super().__init__()
-        self._readable, self._accel = readable, service.settings.accel_prefix
+        self._readable, self._sender = readable, service.sender
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_object(self._readable, scope, receive, send, accel_prefix=self._accel)
+        await self._sender.send(self._readable, scope, receive, send)
 
 
 class ByteRoute(APIRoute):

@@ -12,27 +12,66 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from api.objects import Readable
-from api.ranges import Slice, requested
+from api.ranges import Slice, asked, requested
 
-SLICE_NBYTES = 4 << 20
+# What all transfers together may hand over in one turn of the event loop: a copy into the kernel of some 5 ms, for
+# which everything else waits. One transfer takes slices of 4 MB, 256 of them 32 KB each.
+TURN_NBYTES = 8 << 20
+MAX_SLICE_NBYTES = 4 << 20
+MIN_SLICE_NBYTES = 32 << 10
 
 
-async def send_object(
-    readable: Readable, scope: Scope, receive: Receive, send: Send, *, accel_prefix: str | None = None
-) -> None:
-    """Answer GET or HEAD for an object, with ranges and conditions."""
-    size = len(readable.view)
-    part = requested(dict(scope["headers"]), size, readable.etag)
-    if accel_prefix is not None and part.status in (200, 206):
-        part = Slice(200, 0, 0)  # the server in front sends the bytes, and takes care of the range
-    headers = _headers(readable, part, size)
-    if accel_prefix is not None and part.status == 200:
-        headers.append((b"x-accel-redirect", f"{accel_prefix}{readable.path}".encode()))
-    await send({"type": "http.response.start", "status": part.status, "headers": headers})
-    if scope["method"] == "HEAD" or part.begin == part.end:
-        await send({"type": "http.response.body", "body": b""})
-    else:
-        await _send_slices(readable, part, receive, send)
+class Sender:
+    """Sends objects; one for an app, as it divides the time among all transfers."""
+
+    def __init__(self, accel_prefix: str | None = None) -> None:
+        self._accel_prefix = accel_prefix
+        self._transfers = 0
+
+    async def send(self, readable: Readable, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer GET or HEAD for an object, with ranges and conditions."""
+        size = len(readable.view)
+        part = requested(asked(scope["method"], scope["headers"]), size, readable.etag)
+        if self._accel_prefix is not None and part.status in (200, 206):
+            part = Slice(200, 0, 0)  # the server in front sends the bytes, and takes care of the range
+        headers = _headers(readable, part, size)
+        if self._accel_prefix is not None and part.status == 200:
+            headers.append((b"x-accel-redirect", f"{self._accel_prefix}{readable.path}".encode()))
+        await send({"type": "http.response.start", "status": part.status, "headers": headers})
+        if scope["method"] == "HEAD" or part.begin == part.end:
+            await send({"type": "http.response.body", "body": b""})
+            return
+        self._transfers += 1
+        try:
+            await self._send_slices(readable, part, receive, send)
+        finally:
+            self._transfers -= 1
+
+    async def _send_slices(self, readable: Readable, part: Slice, receive: Receive, send: Send) -> None:
+        """Each slice is handed over once the socket took the one before, until the client has them all or goes away."""
+        gone: asyncio.Future[None] | None = None
+        begin = part.begin
+        try:
+            while begin < part.end:
+                end = min(begin + self._slice_nbytes(), part.end)
+                if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
+                    await run_in_threadpool(readable.warm_up, begin, end)
+                if begin > part.begin:
+                    if gone is None:
+                        gone = asyncio.ensure_future(_disconnected(receive))
+                    await asyncio.sleep(0)  # a socket with room takes the next slice at once: let others have a turn
+                    if gone.done():
+                        return
+                await send(
+                    {"type": "http.response.body", "body": readable.view[begin:end], "more_body": end < part.end}
+                )
+                begin = end
+        finally:
+            if gone is not None:
+                gone.cancel()
+
+    def _slice_nbytes(self) -> int:
+        return max(MIN_SLICE_NBYTES, min(MAX_SLICE_NBYTES, TURN_NBYTES // self._transfers))
 
 
 def _headers(readable: Readable, part: Slice, size: int) -> list[tuple[bytes, bytes]]:
@@ -51,24 +90,6 @@ def _headers(readable: Readable, part: Slice, size: int) -> list[tuple[bytes, by
     if part.status in (200, 206):
         headers.append((b"content-type", readable.media_type.encode()))
     return headers
-
-
-async def _send_slices(readable: Readable, part: Slice, receive: Receive, send: Send) -> None:
-    """Each slice is handed over once the socket took the one before, until the client has them all or goes away."""
-    gone: asyncio.Future[None] | None = None
-    if part.end - part.begin > SLICE_NBYTES:
-        gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        for begin in range(part.begin, part.end, SLICE_NBYTES):
-            end = min(begin + SLICE_NBYTES, part.end)
-            if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
-                await run_in_threadpool(readable.warm_up, begin, end)
-            if gone is not None and gone.done():
-                return
-            await send({"type": "http.response.body", "body": readable.view[begin:end], "more_body": end < part.end})
-    finally:
-        if gone is not None:
-            gone.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

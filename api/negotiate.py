@@ -61,8 +61,8 @@ def _q(parameters: list[str]) -> float:
 
 def is_known(request: Request, etag: str) -> bool:
     """Whether the client holds the representation of that ETag."""
-    header = request.headers.get("if-none-match")
-    return header is not None and matches(header.encode("latin-1"), etag, weak=True)
+    lines = request.headers.getlist("if-none-match")
+    return bool(lines) and matches(", ".join(lines).encode("latin-1"), etag, weak=True)
 
 
 def not_modified(etag: str, headers: dict[str, str]) -> Response:

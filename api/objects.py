@@ -88,8 +88,11 @@ class Objects:
     def open(self, path: str) -> Readable:
         """Raises NotFound where nothing may be read, DamagedObject where a commit vouches for other bytes."""
         backend = self._live.backend
+        is_document, found = METADATA.fullmatch(path) or RECORD.fullmatch(path), CHUNK.fullmatch(path)
+        if not is_document and not found:
+            raise absent(path)
         version = backend.version(path)
-        if METADATA.fullmatch(path) or RECORD.fullmatch(path):
+        if not found:
             try:
                 content = backend.read(path)
             except FileNotFoundError as error:
@@ -97,9 +100,6 @@ class Objects:
             media_type = "application/octet-stream" if path.endswith(".safetensors") else "application/json"
             readable = Readable(path, memoryview(content), f'"{crc32c_hex(crc32c(content))}"', media_type)
             return self._keep(_Kept(readable, ((path, version),)))
-        found = CHUNK.fullmatch(path)
-        if not found:
-            raise absent(path)
         for commit in vouching(self._live.current(), found[1].split("/"), int(found[2])):
             for record in commit.objects:
                 if record.path == path:

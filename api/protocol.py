@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_NBYTES = 64 << 10
 HEAD_SECONDS = 20.0
@@ -16,6 +16,7 @@ class Protocol(HttpToolsProtocol):
 
     _head_nbytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -37,8 +38,16 @@ class Protocol(HttpToolsProtocol):
         self._head_came()
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()
+        if self._answering is not None and not self._answering.response_complete:
+            # Of pipelined requests, uvicorn tells the last one alone that its client is gone.
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:

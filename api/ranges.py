@@ -1,12 +1,13 @@
-"""Which bytes of an object a request asks for, if any. Source: RFC 9110, sections 13 and 14."""
+"""Which bytes of an object a request asks for, if any. Source: RFC 9110, sections 5.3, 13 and 14."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-ONE_RANGE = re.compile(r"bytes=\s*(\d{0,19})-(\d{0,19})\s*", re.ASCII | re.IGNORECASE)
+ONE_RANGE = re.compile(r"bytes=\s*(\d{0,1000})-(\d{0,1000})\s*", re.ASCII | re.IGNORECASE)
+ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 
 
 class Slice(NamedTuple):
@@ -15,6 +16,16 @@ class Slice(NamedTuple):
     status: int
     begin: int
     end: int
+
+
+def asked(method: str, lines: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """A request's headers by name: the lines of one name are one list, and a range counts for GET alone."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in lines:
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    if method != "GET":
+        headers.pop(b"range", None)
+    return headers
 
 
 def requested(headers: Mapping[bytes, bytes], size: int, etag: str) -> Slice:
@@ -49,8 +60,5 @@ def requested(headers: Mapping[bytes, bytes], size: int, etag: str) -> Slice:
 
 def matches(header: bytes, etag: str, *, weak: bool) -> bool:
     """Whether a list of entity tags holds this one; `*` is any."""
-    for candidate in header.decode("latin-1").split(","):
-        tag = candidate.strip()
-        if tag == "*" or tag == etag or (weak and tag == f"W/{etag}"):
-            return True
-    return False
+    text = header.decode("latin-1").strip()
+    return text == "*" or any(tag == etag and (weak or not is_weak) for is_weak, tag in ENTITY_TAG.findall(text))

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 
 from api.census import Census
+from api.files import Sender
 from api.live import LiveStore
 from api.metrics import Metrics
 from api.objects import Objects
@@ -21,6 +22,7 @@ class Service:
     def __init__(self, settings: Settings, live: LiveStore, stopping: Callable[[], bool]) -> None:
         self.settings, self.live, self.stopping = settings, live, stopping
         self.objects = Objects(live)
+        self.sender = Sender(settings.accel_prefix)
         self.census = Census(live)
         self.reader = TargetReader(live)
         self.metrics = Metrics(self.census)

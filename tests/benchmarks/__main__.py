@@ -2,8 +2,8 @@
 
 import sys
 
-from tests.benchmarks import numerics, pipeline, shardfile
+from tests.benchmarks import numerics, pipeline, service, shardfile
 
 sys.argv = sys.argv[:1]
-for benchmark in (shardfile, numerics, pipeline):
+for benchmark in (shardfile, numerics, pipeline, service):
     benchmark.main()

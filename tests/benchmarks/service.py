@@ -1,0 +1,266 @@
+"""The service on loopback beside tuned nginx and Starlette's FileResponse, by wrk; and its Python client beside httpx.
+
+nginx and wrk come from the system's packages; without them this benchmark says so and is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+
+import statsvc
+from statsvc.arrays import declare_arrays, declare_group, write_chunk
+from statsvc.backends import backend
+from statsvc.checksum import crc32c_hex
+from statsvc.layout import FORMAT, OK, cache_arrays, sample_arrays, set_name, teacher_status
+from statsvc.ledger import Commit, Ledger, ObjectRecord
+from statsvc.shardfile import ShardWriter
+from tests.benchmarks.timing import alternate, judge
+
+SHARDS, ROWS, TOKENS, DIM = 4, 256, 256, 1024  # 67 MB a feature shard
+SET = set_name("phi-s", "0" * 64, "int8")
+SECONDS, ROUNDS = 3, 3
+SLOW_READERS, SLOW_SECONDS = 256, 60
+
+NGINX = """
+worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off; sendfile off; output_buffers 2 1m; keepalive_requests 10000000;
+  client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder}; uwsgi_temp_path {folder};
+  scgi_temp_path {folder};
+  server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+FILE_RESPONSE = """
+import sys, uvicorn
+from starlette.applications import Starlette
+from starlette.responses import FileResponse
+from starlette.routing import Route
+app = Starlette(routes=[Route("/{path:path}", lambda request: FileResponse(sys.argv[1] + request.url.path))])
+uvicorn.run(app, port=int(sys.argv[2]), access_log=False, log_level="warning", loop="uvloop", http="httptools")
+"""
+RANGES = """
+request = function()
+  local begin = math.random(0, 60 * 1024 * 1024)
+  return wrk.format("GET", nil, {["Range"] = "bytes=" .. begin .. "-" .. (begin + 524287)})
+end
+"""
+
+
+def write_store(folder: Path) -> str:
+    """A store of one teacher with large feature shards; returns the path of one of them."""
+    storage, rng = backend(str(folder)), np.random.default_rng(0)
+    ledger, samples = Ledger(storage), sample_arrays(ROWS)
+    views = {"kind": "center", "per_image": 1, "seed": 0}
+    declare_group(storage, "", {"format": FORMAT, "rows_per_shard": ROWS, "views": views, "images": ["jpg"]})
+    declare_group(storage, "teachers", {})
+    outputs = {"patches": {"tokens": TOKENS, "dim": DIM, "grid": [16, 16]}}
+    about = {"fingerprint": "f" * 64, "settings": {}, "outputs": outputs, "preprocessing": {}, "environment": {}}
+    declare_group(storage, "teachers/big", about)
+    status = teacher_status("big", ROWS)
+    arrays = cache_arrays("big", SET, "patches", dtype="int8", transform="0" * 64, tokens=TOKENS, k=DIM, rows=ROWS)
+    declare_arrays(storage, [*arrays.values(), *samples.values(), status], SHARDS)
+    codes_BTk = rng.integers(-127, 128, (ROWS, TOKENS, DIM), dtype=np.int8)
+    for shard in range(SHARDS):
+        hashes = write_chunk(storage, samples["key_hash"], shard, rng.integers(1, 256, (ROWS, 16), dtype=np.uint8))
+        ledger.write(
+            Commit(phase="index", shard=shard, rows=ROWS, objects=(hashes,), samples=ROWS, name=f"{shard}.tar")
+        )
+        upload, path = storage.create(arrays["codes"].object(shard)), arrays["codes"].object(shard)
+        writer = ShardWriter(upload.file, ROWS, TOKENS * DIM)
+        writer.append(range(ROWS), codes_BTk)
+        nbytes, crc = writer.finish()
+        upload.publish()
+        records = [
+            ObjectRecord(path, nbytes, crc32c_hex(crc), crc32c_hex(writer.content_crc32c)),
+            write_chunk(storage, arrays["scales"], shard, rng.random((ROWS, TOKENS), dtype=np.float32)),
+            write_chunk(storage, samples["status"], shard, np.full(ROWS, OK, np.uint8)),
+            write_chunk(storage, status, shard, np.full(ROWS, OK, np.uint8)),
+        ]
+        ledger.write(
+            Commit(
+                phase="cache", shard=shard, rows=ROWS, objects=tuple(records), teacher="big", set=SET,
+                fingerprint="f" * 64, transform={"patches": "0" * 64}, status={"ok": ROWS},
+            )
+        )  # fmt: skip
+    return arrays["codes"].object(1)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that listens on a port."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(40)
+
+
+def serve(store: Path, port: int) -> list[str]:
+    return [str(Path(sys.executable).parent / "statsvc"), "serve", "--store", str(store), "--port", str(port)]
+
+
+def wrk(url: str, *options: str, connections: int = 4) -> tuple[float, float]:
+    """Requests a second and MB a second."""
+    printed = subprocess.run(
+        ["wrk", "-t1", f"-c{connections}", f"-d{SECONDS}s", *options, url], capture_output=True, text=True, check=True
+    ).stdout
+    failed = re.search(r"Non-2xx.*|Socket errors.*(read|timeout) [1-9].*", printed)
+    if failed:
+        raise RuntimeError(f"{url}: {failed[0]}")
+    requests, megabytes, unit = re.search(  # type: ignore[union-attr]
+        r"Requests/sec:\s+([\d.]+)\s+Transfer/sec:\s+([\d.]+)([KMG])B", printed
+    ).groups()
+    return float(requests), float(megabytes) * {"K": 1e-3, "M": 1.0, "G": 1e3}[unit]
+
+
+def median_of(measure: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Taking turns, so that what else the machine does falls on all alike."""
+    found: dict[str, list[float]] = {name: [] for name in measure}
+    for _ in range(ROUNDS):
+        for name, case in measure.items():
+            found[name].append(case())
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def bytes_beside_nginx(folder: Path, store: Path, path: str, stack: ExitStack) -> str:
+    """Whole shards and ranges; returns the service's address."""
+    ports = {name: free_port() for name in ("nginx", "service", "FileResponse")}
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=ports["nginx"], root=store))
+    (folder / "file_response.py").write_text(FILE_RESPONSE)
+    (folder / "ranges.lua").write_text(RANGES)
+    stack.enter_context(running(["nginx", "-c", f"{folder}/nginx.conf", "-p", str(folder)], ports["nginx"]))
+    stack.enter_context(running(serve(store, ports["service"]), ports["service"]))
+    script = [sys.executable, f"{folder}/file_response.py", str(store), str(ports["FileResponse"])]
+    stack.enter_context(running(script, ports["FileResponse"]))
+    urls = {name: f"http://127.0.0.1:{port}/{path}" for name, port in ports.items()}
+    urls["service"] = f"http://127.0.0.1:{ports['service']}/zarr/{path}"
+    whole = median_of({name: lambda url=url: wrk(url, connections=2)[1] for name, url in urls.items()})  # type: ignore[misc]
+    script_option = f"-s{folder}/ranges.lua"
+    ranges = median_of({name: lambda url=url: wrk(url, script_option)[0] for name, url in urls.items()})  # type: ignore[misc]
+    print(f"whole shards of {ROWS * TOKENS * DIM / 1e6:.0f} MB, MB/s: {whole}; 512 KB ranges, requests/s: {ranges}")
+    judge("whole shards against tuned nginx", whole["service"] / whole["nginx"], 0.9)
+    judge("whole shards against FileResponse", whole["service"] / whole["FileResponse"], 3)
+    judge("512 KB ranges against tuned nginx, one process", ranges["service"] / ranges["nginx"], 0.55)
+    return f"http://127.0.0.1:{ports['service']}"
+
+
+def client_beside_httpx(url: str, path: str) -> None:
+    """Whole shards: ours checked against their checksums, httpx's not."""
+    targets = statsvc.open(url).teacher("big").targets("patches")
+    rows = np.arange(ROWS, 2 * ROWS)
+    with httpx.Client() as client:
+        seconds = alternate(
+            {
+                "statsvc": lambda: targets.read_stored(rows),
+                "httpx": lambda: client.get(f"{url}/zarr/{path}").content,
+            },
+            repeats=5,
+        )
+    judge("whole shards by our client, verified, against httpx", seconds["httpx"] / seconds["statsvc"], 3)
+
+
+def not_modified(demo: Path) -> None:
+    """GET /phis by a client that has it, of a real store."""
+    port = free_port()
+    with running(serve(demo, port), port):
+        url = f"http://127.0.0.1:{port}"
+        name = httpx.get(f"{url}/teachers").json()["teachers"][0]["name"]
+        phis = f"{url}/teachers/{name}/phis"
+        etag = httpx.get(phis).headers["etag"]
+        assert httpx.get(phis, headers={"if-none-match": etag}).status_code == 304
+        rate = statistics.median(wrk(phis, "-H", f"If-None-Match: {etag}", connections=8)[0] for _ in range(ROUNDS))
+    judge("GET /phis answered 304, a second", rate, 2000)
+
+
+def slow_readers(store: Path, path: str) -> None:
+    """Many readers that take a little at a time: does the rest of the service notice, does memory grow?"""
+    port = free_port()
+    with running(serve(store, port), port) as process:
+        server, ending = psutil.Process(process.pid), threading.Event()
+        readers = []
+        for _ in range(SLOW_READERS):
+            reader = socket.create_connection(("127.0.0.1", port))
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+            reader.sendall(f"GET /zarr/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            readers.append(reader)
+
+        def read_slowly() -> None:
+            while not ending.wait(0.1):
+                for reader in readers:
+                    reader.recv(8 << 10)
+
+        thread = threading.Thread(target=read_slowly)
+        thread.start()
+        # What is mapped counts as resident once it was read, and is shared: only memory of the process' own can leak.
+        worst, used = 0.0, []
+        with httpx.Client() as client:
+            end = time.monotonic() + SLOW_SECONDS
+            while time.monotonic() < end:
+                begun = time.perf_counter()
+                assert client.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+                worst = max(worst, time.perf_counter() - begun)
+                used.append(server.memory_full_info().uss / 1e6)
+                time.sleep(0.2)
+        ending.set()
+        thread.join()
+        for reader in readers:
+            reader.close()
+    quarter = len(used) // 4
+    growth = statistics.median(used[-quarter:]) - statistics.median(used[quarter : 2 * quarter])
+    judge(f"{SLOW_READERS} slow readers for {SLOW_SECONDS} s: slowest /healthz, ms", worst * 1000, 100, at_most=True)
+    judge("the same: memory at the end over that after a quarter, MB", growth, 5, at_most=True)
+
+
+def main() -> None:
+    print("The service")
+    demo = Path("demo/store")
+    if not shutil.which("nginx") or not shutil.which("wrk"):
+        print("  left out: it needs nginx and wrk, as the system's packages have them")
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, store = Path(name), Path(name, "store")
+        folder.chmod(0o755)  # nginx reads as another user
+        path = write_store(store)
+        url = bytes_beside_nginx(folder, store, path, stack)
+        client_beside_httpx(url, path)
+        if demo.exists():
+            not_modified(demo)
+        else:
+            print("  GET /phis is left out: make run draws the store that it asks for")
+        slow_readers(store, path)
+
+
+if __name__ == "__main__":
+    main()
