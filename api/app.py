@@ -41,7 +41,8 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    if settings.cors_origins:
+    app.add_middleware(Guard, service=service)
+    if settings.cors_origins:  # outside the guard, as a browser asks for leave without a token
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
@@ -56,7 +57,6 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
                 "X-Request-ID",
             ],
         )
-    app.add_middleware(Guard, service=service)
     app.add_middleware(Observe, service=service)
     _document(app, needs_token=settings.token is not None)
     return app

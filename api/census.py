@@ -6,8 +6,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from api.live import LiveStore
 from statsvc.errors import DamagedObject, NotAStore
@@ -17,26 +16,38 @@ from statsvc.store import Store
 
 REFRESH_SECONDS = 1.0  # how old an answer may be
 RATE_SECONDS = 60.0  # over which a rate is taken
+NOTHING_YET: dict[str, Any] = {
+    "state": "waiting",
+    "dataset_shards": {"planned": None, "indexed": 0, "quarantined": 0},
+    "samples": 0,
+    "rows_per_second": 0.0,
+    "teachers": {},
+}
 
 
-@dataclass
+class Figures(NamedTuple):
+    """What one commit counts."""
+
+    samples: int
+    rows: int
+    nbytes: int
+    status: tuple[tuple[str, int], ...]
+
+
 class Tally:
     """The commits of one phase, teacher and cache set, and their sums."""
 
-    counted: dict[int, tuple[int, int, int, Counter[str]]] = field(default_factory=dict)  # by dataset shard
-    samples: int = 0
-    rows: int = 0
-    nbytes: int = 0
-    failed: int = 0
-    status: Counter[str] = field(default_factory=Counter)
-    damaged: int = 0
+    def __init__(self) -> None:
+        self.counted: dict[int, Figures] = {}  # by dataset shard
+        self.samples = self.rows = self.nbytes = self.damaged = 0
+        self.status: Counter[str] = Counter()
+        self._known: dict[Figures, Figures] = {}  # most dataset shards count alike: one object for all of those
 
     def refresh(self, store: Store, phase: str, teacher: str | None = None, set_: str | None = None) -> None:
         """Count the commits that are new, and no longer those that are gone."""
         present = store.ledger.shards(phase, teacher, set_)
-        if gone := self.counted.keys() - set(present):
-            for shard in gone:
-                self._add(*self.counted.pop(shard), sign=-1)
+        for shard in self.counted.keys() - set(present):
+            self._add(self.counted.pop(shard), -1)
         self.damaged = 0
         for shard in present:
             if shard not in self.counted:
@@ -46,20 +57,31 @@ class Tally:
                     self.damaged += 1
                     continue
                 if commit is not None:
-                    self.counted[shard] = _figures(commit)
-                    self._add(*self.counted[shard])
+                    figures = _figures(commit)
+                    self.counted[shard] = self._known.setdefault(figures, figures)
+                    self._add(figures, 1)
 
-    def _add(self, samples: int, rows: int, nbytes: int, status: Counter[str], sign: int = 1) -> None:
-        self.samples += sign * samples
-        self.rows += sign * rows
-        self.nbytes += sign * nbytes
-        for name, count in status.items():
+    def shards(self, start: int = 0) -> list[int]:
+        """The dataset shards that were counted, from `start` on, in order."""
+        return sorted(shard for shard in list(self.counted) if shard >= start)
+
+    def describe(self) -> dict[str, Any]:
+        """The sums, as they are told."""
+        status = {name: count for name, count in self.status.items() if count}
+        return {"dataset_shards": len(self.counted), "rows": self.rows, "bytes": self.nbytes, "status": status,
+                "damaged_commits": self.damaged}  # fmt: skip
+
+    def _add(self, figures: Figures, sign: int) -> None:
+        self.samples += sign * figures.samples
+        self.rows += sign * figures.rows
+        self.nbytes += sign * figures.nbytes
+        for name, count in figures.status:
             self.status[name] += sign * count
 
 
-def _figures(commit: Commit) -> tuple[int, int, int, Counter[str]]:
+def _figures(commit: Commit) -> Figures:
     nbytes = sum(record.bytes for record in commit.objects)
-    return commit.samples or 0, commit.rows, nbytes, Counter(commit.status or {})
+    return Figures(commit.samples or 0, commit.rows, nbytes, tuple((commit.status or {}).items()))
 
 
 class Census:
@@ -67,110 +89,121 @@ class Census:
 
     def __init__(self, live: LiveStore) -> None:
         self._live = live
-        self._lock = threading.Lock()
-        self._taken = 0.0
-        self._store: Store | None = None
-        self._clear()
+        self._lock = threading.Lock()  # of whoever counts; the others take the counts of the last time
+        self._begin(None)
 
-    def _clear(self) -> None:
-        self.index = Tally()
-        self.measured: dict[str, Tally] = {}
-        self.cached: dict[str, dict[str, Tally]] = {}
-        self.fingerprints: dict[str, str] = {}
-        self.fitted: dict[str, bool] = {}
+    def _begin(self, store: Store | None) -> None:
+        self._store, self._taken = store, -REFRESH_SECONDS
+        self._index = Tally()
+        self._measured: dict[str, Tally] = {}
+        self._cached: dict[str, dict[str, Tally]] = {}
+        self._fingerprints: dict[str, str] = {}
         self._history: deque[tuple[float, int]] = deque()
+        self._counts: dict[str, Any] | None = None
 
-    def take(self) -> Census:
-        """Bring everything up to date, unless somebody just did. Raises NotAStore."""
+    def counts(self) -> dict[str, Any]:
+        """Indexed dataset shards, samples, rate, and what is measured, fitted and cached of each teacher.
+
+        Raises NotAStore.
+        """
         store = self._live.current()
-        with self._lock:
-            if store is not self._store:
-                self._clear()  # another store than before
-                self._store, self._taken = store, 0.0
-            if time.monotonic() - self._taken >= REFRESH_SECONDS:
-                self._refresh(store)
-                self._taken = time.monotonic()
-        return self
+        known = self._counts if store is self._store else None
+        if self._lock.acquire(blocking=known is None):
+            try:
+                if store is not self._store:
+                    self._begin(store)
+                if self._counts is None or time.monotonic() - self._taken >= REFRESH_SECONDS:
+                    self._counts = self._count(store)
+                    self._taken = time.monotonic()
+                known = self._counts
+            finally:
+                self._lock.release()
+        assert known is not None  # else the lock was waited for
+        return known
 
-    def _refresh(self, store: Store) -> None:
-        self.index.refresh(store, "index")
-        names = store.teachers()
-        for name in names:
+    def shards(self, teacher: str, cache_set: str, start: int = 0) -> list[int]:
+        """The dataset shards that are cached, from `start` on, in order."""
+        self.counts()
+        tally = self._cached.get(teacher, {}).get(cache_set)
+        return tally.shards(start) if tally else []
+
+    def indexed(self) -> list[int]:
+        """The dataset shards that are indexed, in order."""
+        self.counts()
+        return self._index.shards()
+
+    def _count(self, store: Store) -> dict[str, Any]:
+        self._index.refresh(store, "index")
+        teachers = {}
+        for name in store.teachers():
             teacher = self._live.teacher(name)
-            if self.fingerprints.get(name) != teacher.fingerprint:
-                self.measured[name], self.cached[name] = Tally(), {}
-                self.fingerprints[name] = teacher.fingerprint
-            self.measured[name].refresh(store, "measure", name)
-            sets = teacher.cache_sets()
-            self.cached[name] = {set_: self.cached[name].get(set_, Tally()) for set_ in sets}
-            for set_, tally in self.cached[name].items():
+            if self._fingerprints.get(name) != teacher.fingerprint:  # a new one, or another one of that name
+                self._fingerprints[name] = teacher.fingerprint
+                self._measured[name], self._cached[name] = Tally(), {}
+            measured = self._measured[name]
+            measured.refresh(store, "measure", name)
+            self._cached[name] = {set_: self._cached[name].get(set_, Tally()) for set_ in teacher.cache_sets()}
+            for set_, tally in self._cached[name].items():
                 tally.refresh(store, "cache", name, set_)
-            self.fitted[name] = bool(self._live.fits(teacher))
-        for name in self.fingerprints.keys() - set(names):
-            for known in (self.measured, self.cached, self.fingerprints, self.fitted):
-                known.pop(name)
-        self._history.append((time.monotonic(), self.rows()))
+            teachers[name] = {
+                "measured": {"dataset_shards": len(measured.counted), "rows": measured.rows},
+                "fitted": bool(self._live.fits(teacher)),
+                "cached": {set_: tally.describe() for set_, tally in self._cached[name].items()},
+            }
+        for name in self._fingerprints.keys() - teachers.keys():
+            del self._fingerprints[name], self._measured[name], self._cached[name]
+        return {
+            "indexed": len(self._index.counted),
+            "samples": self._index.samples,
+            "rows_per_second": round(self._rate(), 2),
+            "teachers": teachers,
+        }
+
+    def _rate(self) -> float:
+        """Rows a second that were measured or cached over the last minute, for all teachers together."""
+        rows = sum(tally.rows for tally in self._measured.values())
+        rows += sum(tally.rows for sets in self._cached.values() for tally in sets.values())
+        self._history.append((time.monotonic(), rows))
         while self._history[0][0] < time.monotonic() - RATE_SECONDS:
             self._history.popleft()
-
-    def rows(self) -> int:
-        """Rows that were measured or cached, for all teachers together."""
-        measured = sum(tally.rows for tally in self.measured.values())
-        return measured + sum(tally.rows for sets in self.cached.values() for tally in sets.values())
-
-    def rate(self) -> float:
-        """Rows a second over the last minute, for all teachers together."""
-        if len(self._history) < 2:
-            return 0.0
-        (begun, first), (ended, last) = self._history[0], self._history[-1]
-        return max(last - first, 0) / (ended - begun) if ended > begun else 0.0
+        (begun, before), (ended, now) = self._history[0], self._history[-1]
+        return max(now - before, 0) / (ended - begun) if ended > begun else 0.0
 
     def progress(self) -> dict[str, Any]:
         """How far the run is; `state` is waiting (no store yet), running, stopped or finished."""
         try:
-            self.take()
+            counts = self.counts()
         except NotAStore:
-            return {"state": "waiting", "dataset_shards": {"planned": None, "indexed": 0, "quarantined": 0},
-                    "samples": 0, "rows_per_second": 0.0, "teachers": {}}  # fmt: skip
+            return {**NOTHING_YET}
         planned, quarantined, names = self._run_record()
-        teachers = {}
-        for name in sorted({*names, *self.fingerprints}):
-            sets, measured = self.cached.get(name, {}), self.measured.get(name, Tally())
-            teachers[name] = {
-                "measured": {"dataset_shards": len(measured.counted), "rows": measured.rows},
-                "fitted": self.fitted.get(name, False),
-                "cached": {
-                    set_: {"dataset_shards": len(tally.counted), "rows": tally.rows, "bytes": tally.nbytes,
-                           "status": {name: count for name, count in tally.status.items() if count}}
-                    for set_, tally in sets.items()
-                },
-            }  # fmt: skip
+        not_begun = {"measured": {"dataset_shards": 0, "rows": 0}, "fitted": False, "cached": {}}
+        teachers = {name: counts["teachers"].get(name, not_begun) for name in sorted({*names, *counts["teachers"]})}
+        due = max(counts["indexed"], planned or 0) - quarantined
+        cached = [
+            max((tally["dataset_shards"] for tally in teachers[name]["cached"].values()), default=0)
+            for name in names or teachers
+        ]
+        state = "finished" if due > 0 and cached and min(cached) >= due else "stopped"
         return {
-            "state": self._state(planned, quarantined, names),
-            "dataset_shards": {
-                "planned": planned, "indexed": len(self.index.counted), "quarantined": quarantined,
-            },
-            "samples": self.index.samples,
-            "rows_per_second": round(self.rate(), 2),
+            "state": "running" if self._has_driver() else state,
+            "dataset_shards": {"planned": planned, "indexed": counts["indexed"], "quarantined": quarantined},
+            "samples": counts["samples"],
+            "rows_per_second": counts["rows_per_second"],
             "teachers": teachers,
-        }  # fmt: skip
+        }
 
-    def _state(self, planned: int | None, quarantined: int, names: list[str]) -> str:
+    def _has_driver(self) -> bool:
         try:
             heartbeat = json.loads(self._live.backend.read(LEASE))["heartbeat"]
-            if time.time() - heartbeat <= LEASE_SECONDS:
-                return "running"
+            return bool(time.time() - heartbeat <= LEASE_SECONDS)
         except (FileNotFoundError, ValueError, LookupError, TypeError):
-            pass
-        due = max(len(self.index.counted), (planned or 0)) - quarantined
-        done = [max((len(tally.counted) for tally in self.cached.get(name, {}).values()), default=0) for name in names]
-        return "finished" if due > 0 and done and min(done) >= due else "stopped"
+            return False
 
     def _run_record(self) -> tuple[int | None, int, list[str]]:
-        """Numbers and names out of the run's record, which itself is never served: planned and quarantined shards."""
+        """Planned and quarantined dataset shards and the teachers of the run's record, which itself is never served."""
         try:
             found = json.loads(self._live.backend.read(RUN))
             quarantined = {name for shards in found.get("quarantine", {}).values() for name in shards}
             return len(found["locations"]), len(quarantined), list(found["plan"]["teachers"])
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
-            return None, 0, list(self.fingerprints)
+            return None, 0, []

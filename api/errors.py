@@ -113,7 +113,10 @@ def install(app: FastAPI) -> None:
 
     def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        details = {404: "no such route; /docs lists those there are", 405: "the service is read only: GET or HEAD"}
+        details = {
+            404: "no such route; /docs lists those there are",
+            405: "this service is read only: GET, and HEAD for objects of the store",
+        }
         return problem(error.status_code, details.get(error.status_code, error.detail), dict(error.headers or {}))
 
     app.add_exception_handler(StatsvcError, on_ours)

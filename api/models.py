@@ -38,6 +38,7 @@ class CacheSet(Document):
     rows: int = Field(description="rows with a target")
     bytes: int
     status: dict[str, int] = Field(description="rows by status", examples=[{"ok": 250, "undecodable": 1}])
+    damaged_commits: int = Field(description="commits that fail their checksum; `statsvc verify` lists them")
 
 
 class TeacherCard(Document):

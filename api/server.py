@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from statsvc.errors import PlanError, StatsvcError
 from statsvc.store import open_store
 
 STALL_MILLISECONDS = 120_000  # a client that takes no byte for so long is gone
+OPEN_FILES = 65_536  # one for each connection; many systems begin with 1024
 KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of common proxies in front
 
 
@@ -38,6 +40,8 @@ def serve(settings: Settings) -> None:
             "listening on %s without a token: everyone who reaches it may read; set STATSVC_TOKEN", settings.host
         )
     _log_to_standard_error()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
     server: uvicorn.Server
     app = create_app(settings, stopping=lambda: server.should_exit)
     server = uvicorn.Server(configure(app, settings))

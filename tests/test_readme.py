@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +58,60 @@ def in_hub_cache(hub: Path, name: str, model: torch.nn.Module) -> None:
 
 
 def test_every_code_block_runs_as_it_stands(tmp_path: Path, user: dict[str, str]) -> None:
-    for language, code in BLOCKS:
-        if language == "yaml":
-            (tmp_path / "my-plan.yaml").write_text(code)
-            read_plan(tmp_path / "my-plan.yaml")
-        elif language == "bash":
-            for line in code.splitlines():
-                folder = ROOT if line.startswith("make") else tmp_path
-                ran = subprocess.run(["bash", "-c", line], cwd=folder, env=user, capture_output=True, text=True)
-                assert ran.returncode == 0, f"{line}: {ran.stdout}{ran.stderr}"
-        elif language == "python":
-            ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=user, capture_output=True, text=True)
-            assert ran.returncode == 0, f"{code}: {ran.stderr}"
+    port = str(free_port())
+    user["STATSVC_PORT"] = port
+    with ExitStack() as servers:
+        for language, block in BLOCKS:
+            code = block.replace("localhost:8000", f"localhost:{port}")
+            if language == "yaml":
+                (tmp_path / "my-plan.yaml").write_text(code)
+                read_plan(tmp_path / "my-plan.yaml")
+            elif language == "bash":
+                for line in code.splitlines():
+                    if line == "make run":
+                        with serving(line, ROOT, user, port):
+                            pass
+                    elif line.startswith("statsvc serve"):
+                        servers.enter_context(serving(line, tmp_path, user, port))
+                    else:
+                        succeed(["bash", "-c", line.replace("curl ", "curl --fail ")], tmp_path, user)
+            elif language == "python":
+                succeed([sys.executable, "-c", code], tmp_path, user)
+
+
+def succeed(command: list[str], folder: Path, user: dict[str, str]) -> None:
+    ran = subprocess.run(command, cwd=folder, env=user, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
+
+
+@contextmanager
+def serving(line: str, folder: Path, user: dict[str, str], port: str) -> Iterator[None]:
+    """A command that serves until Ctrl-C, once it does and what it proposes to try works."""
+    log = folder / f"serving-{port}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"], cwd=folder, env=user, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        while "Application startup complete" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        proposed = re.findall(r"^  (curl .*)$", log.read_text(), re.MULTILINE)
+        assert len(proposed) == 3
+        for command in proposed:
+            succeed(["bash", "-c", command.replace("curl ", "curl --fail ")], Path(user["HOME"]), user)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends Ctrl-C: to make and what it started
+        process.wait(60)
+        text = log.read_text()
+        log.unlink()
+    assert "Traceback" not in text
+    assert "Finished server process" in text
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

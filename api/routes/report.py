@@ -36,16 +36,17 @@ def read_report(
             for output, methods in service.live.fits(teacher).items()
         },
         drift={
-            set_: {output: drift(teacher, output, set_, start, limit) for output in teacher.outputs}
+            set_: {
+                output: drift(teacher, output, set_, service.census.shards(name, set_, start)[:limit])
+                for output in teacher.outputs
+            }
             for set_ in teacher.cache_sets()
         },
     )
 
 
-def drift(teacher: Teacher, output: str, cache_set: str, start: int, limit: int) -> list[dict[str, Any]]:
+def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int]) -> list[dict[str, Any]]:
     """One entry for each dataset shard with targets."""
-    ledger = teacher.store.ledger
-    numbers = [number for number in ledger.shards("cache", teacher.name, cache_set) if number >= start][:limit]
     if not numbers:
         return []
     try:
@@ -54,7 +55,7 @@ def drift(teacher: Teacher, output: str, cache_set: str, start: int, limit: int)
         return []
     found = []
     for number in numbers:
-        commit = ledger.read("cache", number, teacher.name, cache_set)
+        commit = teacher.store.ledger.read("cache", number, teacher.name, cache_set)
         if commit is not None and (of_shard := shard_drift(targets, commit)):
             found.append({name: value if not isinstance(value, float) or math.isfinite(value) else None
                           for name, value in of_shard._asdict().items()})  # fmt: skip

@@ -34,7 +34,7 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     views = attributes(store.backend, "", "views")["views"]["per_image"]
     rows = [
         found_row(store, shard, int(index), views)
-        for shard in store.ledger.shards("index")
+        for shard in service.census.indexed()
         for index in np.flatnonzero((store.key_hashes(shard) == wanted).all(axis=1))
     ]
     if not rows:

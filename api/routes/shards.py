@@ -50,7 +50,7 @@ def list_shards(
     array = choose_array(teacher, chosen, array)
     output = array.partition("/")[0]
     ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
-    numbers = [number for number in ledger.shards("cache", name, chosen) if number >= start]
+    numbers = service.census.shards(name, chosen, start)
     entries, digest = [], ""
     for number in numbers[:limit]:
         commit = ledger.read("cache", number, name, chosen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.census import Tally
 from api.models import CacheSet, OutputShape, TeacherCard, Teachers
 from api.openapi import problems
 from api.service import Service, ServiceDep, TeacherName
@@ -29,7 +28,7 @@ def read_teacher(service: ServiceDep, name: TeacherName) -> TeacherCard:
 
 def card(service: Service, teacher: Teacher) -> TeacherCard:
     """What is known about a teacher."""
-    census = service.census.take()
+    counts = service.census.counts()["teachers"].get(teacher.name)
     base = f"/teachers/{teacher.name}"
     return TeacherCard(
         name=teacher.name,
@@ -39,18 +38,9 @@ def card(service: Service, teacher: Teacher) -> TeacherCard:
             for name, shape in teacher.outputs.items()
         },
         preprocessing=teacher.preprocessing,
-        measured_dataset_shards=len(census.measured.get(teacher.name, Tally()).counted),
+        measured_dataset_shards=counts["measured"]["dataset_shards"] if counts else 0,
         fits=service.live.fits(teacher),
-        cache_sets=[
-            CacheSet(
-                name=set_,
-                dataset_shards=len(tally.counted),
-                rows=tally.rows,
-                bytes=tally.nbytes,
-                status={name: count for name, count in tally.status.items() if count},
-            )
-            for set_, tally in census.cached.get(teacher.name, {}).items()
-        ],
+        cache_sets=[CacheSet(name=set_, **cached) for set_, cached in counts["cached"].items()] if counts else [],
         links={
             "self": base,
             "phis": f"{base}/phis",
