@@ -62,12 +62,9 @@ class Observe:
             await problem(500, detail)(scope, receive, observed)
         finally:
             seconds = time.perf_counter() - begun
-            route = _route(scope)
             metrics.in_progress.dec()
-            metrics.requests.labels(scope["method"] if scope["method"] in METHODS else "other", route, status).inc()
-            metrics.seconds.labels(route).observe(seconds)
-            if scope["method"] != "HEAD":
-                metrics.bytes.labels(route).inc(nbytes)
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            metrics.count(method, _route(scope), status, 0 if method == "HEAD" else nbytes, seconds)
             if access.isEnabledFor(logging.INFO):
                 access.info(_line(scope, request_id, status, nbytes, seconds))
 
