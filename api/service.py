@@ -34,6 +34,10 @@ def service_of(request: Request) -> Service:
     return found
 
 
-ServiceDep = Annotated[Service, Depends(service_of)]
+async def _dependency(request: Request) -> Service:
+    return service_of(request)  # async: FastAPI would run a plain function in a thread, which takes longer than this
+
+
+ServiceDep = Annotated[Service, Depends(_dependency)]
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 TeacherName = Annotated[str, Path(pattern=NAME, description="name of a teacher", examples=["dino"])]

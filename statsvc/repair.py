@@ -17,9 +17,10 @@ def repair(location: str, damage: list[Damage]) -> int:
 
     A unit without its commit is missing, and everything of it is written anew with the same bytes. Without its index, a
     dataset shard may get another number, so what was done under the old one goes, too; and a fit goes with its moments
-    and its pilot. Raises LeaseError while a driver works on the store.
+    and its pilot. Raises LeaseError while a driver works on the store, and PlanError for one that is read only.
     """
     storage, index, pilots = backend(location), commit_folder("index"), commit_folder("pilot")
+    storage.check()
     _refuse_while_driven(storage)
     paths = {path for found in damage for path in (found.path, found.commit) if path is not None}
     lost = {path.rpartition("/")[2] for path in paths if path.startswith(f"{index}/")}

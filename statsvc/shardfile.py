@@ -50,7 +50,7 @@ def decode_index(
     if len(tail_B) < index_nbytes(rows):
         raise _damaged(name, f"{len(tail_B)} bytes, fewer than the index of {rows} rows ({index_nbytes(rows)})")
     index_B = tail_B[-index_nbytes(rows) :]
-    verify_seal(index_B, name, "the index")
+    verify_seal(index_B[:-CRC_NBYTES], index_B[-CRC_NBYTES:], name, "the index")
     entry_R2 = index_B[:-CRC_NBYTES].copy().view("<u8").reshape(rows, 2)
     chunk_nbytes = row_nbytes + CRC_NBYTES
     absent_R = (entry_R2 == NO_CHUNK).all(axis=1)
@@ -204,7 +204,7 @@ class ShardFile:
             raise AbsentRow(f"{self.name} has no row {row}: present_R says which of 0 to {rows - 1} it has")
         chunk_B = self._file_B[begin : begin + self._row_nbytes + CRC_NBYTES]
         if not self._verified_R[row]:
-            verify_seal(chunk_B, self.name, f"row {row}")
+            verify_seal(chunk_B[:-CRC_NBYTES], chunk_B[-CRC_NBYTES:], self.name, f"row {row}")
             self._verified_R[row] = True
         return chunk_B[:-CRC_NBYTES]
 
@@ -251,10 +251,10 @@ def row_numbers(rows_N: Rows) -> NDArray[np.int64]:
     return row_N.astype(np.int64)
 
 
-def verify_seal(sealed_B: NDArray[np.uint8], name: str, what: str) -> None:
-    """Raises DamagedObject unless the last four bytes are the crc32c of those before."""
-    stored = int.from_bytes(sealed_B[-CRC_NBYTES:].tobytes(), "little")
-    computed = crc32c(sealed_B[:-CRC_NBYTES])
+def verify_seal(data_B: NDArray[np.uint8], seal_4: NDArray[np.uint8], name: str, what: str) -> None:
+    """Raises DamagedObject unless the seal is the crc32c of the data."""
+    stored = int.from_bytes(seal_4.tobytes(), "little")
+    computed = crc32c(data_B)
     if stored != computed:
         values = f"stored {crc32c_hex(stored)}, computed {crc32c_hex(computed)}"
         raise _damaged(name, f"{what} fails its checksum: {values}")

@@ -21,9 +21,14 @@ from statsvc.targets import Targets
 from statsvc.transform import Transform
 
 
-def open_store(location: str) -> Store:
-    """The store at a path. Raises NotAStore where there is none."""
-    found = backend(str(location))
+def open_store(location: str, token: str | None = None) -> Store:
+    """The store at a path, or behind a service at http://host:port or https://host.
+
+    token  what the service asks for; without it, the environment variable STATSVC_TOKEN
+
+    Raises NotAStore where there is none, PlanError for a location that is none, StoreError where nothing answers.
+    """
+    found = backend(str(location), token)
     if not found.exists():
         raise NotAStore(f"{location} is not a store (no zarr.json): `statsvc run PLAN` makes one")
     return Store(found)

@@ -122,7 +122,11 @@ class Transform:
         for name in TENSORS:
             array = getattr(self, name).astype(dtype, copy=False)
             tensors.append(little_endian(array).tobytes())
-            header[name] = {"dtype": {"float64": "F64", "float32": "F32"}[dtype], "shape": array.shape, "data_offsets": [offset, offset + array.nbytes]}
+            header[name] = {
+                "dtype": {"float64": "F64", "float32": "F32"}[dtype],
+                "shape": array.shape,
+                "data_offsets": [offset, offset + array.nbytes],
+            }
             offset += array.nbytes
         text = canonical_json(header)
         text += b" " * (-len(text) % 8)

@@ -68,6 +68,15 @@ def test_the_example_of_the_design_is_accepted(tmp_path: Path) -> None:
     assert plan.statistics.max_images == 100_000
 
 
+def test_another_store_than_the_plan_names_can_be_given(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(LEAST)
+    (tmp_path / "none.yaml").write_text(LEAST.partition("\n")[2])
+    assert read_plan(tmp_path / "plan.yaml", "/store") == read(LEAST.replace("./store", "/store"), tmp_path)
+    assert read_plan(tmp_path / "none.yaml", "/store").store == "/store"
+    with pytest.raises(PlanError, match="store: '' is wrong"):
+        read_plan(tmp_path / "none.yaml", "")
+
+
 def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> None:
     example, least = read(EXAMPLE, tmp_path), read(LEAST, tmp_path)
     for section in ("views", "statistics", "normalize", "targets", "engine"):

@@ -104,6 +104,13 @@ class TestAFinishedRun:
         assert again.stdout.startswith("nothing to do")
         assert before == {path: path.stat().st_mtime_ns for path in (finished / "store").rglob("*")}
 
+    def test_the_store_may_be_given_beside_the_plan(self, finished: Path) -> None:
+        plan = write_plan(finished, plan_document(finished, store=str(finished / "elsewhere")))
+        again = statsvc_command("run", plan, "--store", finished / "store")
+        assert again.returncode == 0
+        assert again.stdout.startswith("nothing to do")
+        assert not (finished / "elsewhere").exists()
+
     def test_a_second_run_never_loads_torch(self, finished: Path) -> None:
         plan = write_plan(finished, plan_document(finished))
         script = (

@@ -1,0 +1,126 @@
+"""Compose from outside, as a user has it: the docker commands, processes of the host, HTTP on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+
+class Failed(Exception):
+    """Something is not as it must be."""
+
+
+class Containers:
+    """One project of docker/compose.cpu.yml: its own names, volumes and port, so that it disturbs no other."""
+
+    def __init__(self, file: Path, environment: dict[str, str]) -> None:
+        self.name = f"statsvc-test-{os.getpid()}"
+        self.port = free_port()
+        self._compose = [*program(), "--project-name", self.name, "--file", str(file)]
+        self._environment = {**os.environ, **environment, "STATSVC_PORT": str(self.port)}
+
+    def compose(self, *arguments: str, output: bool = False, environment: dict[str, str] | None = None) -> str:
+        """Run one compose command; its standard output where asked for, else it is shown."""
+        done = subprocess.run(
+            [*self._compose, *arguments],
+            env={**self._environment, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if output else None,
+            text=True,
+        )
+        if done.returncode:
+            raise Failed(f"{' '.join([*self._compose, *arguments])} ended with {done.returncode}")
+        return done.stdout or ""
+
+    def container(self, service: str) -> str:
+        return self.compose("ps", "--all", "--quiet", service, output=True).strip()
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        return json.loads(docker("inspect", self.container(service)))[0]  # type: ignore[no-any-return]
+
+    def execute(self, service: str, *command: str) -> bytes:
+        """What a command prints in a running container."""
+        return docker("exec", self.container(service), *command)
+
+    def kill(self, service: str, named: str | None = None) -> str:
+        """SIGKILL from outside to the main process, or to the oldest below it with a word in its command line.
+
+        Not `docker kill`: that one means it, and such a container is not started again.
+        """
+        process = psutil.Process(self.inspect(service)["State"]["Pid"])
+        if named is not None:
+            below = [child for child in process.children(recursive=True) if named in " ".join(child.cmdline())]
+            if not below:
+                raise Failed(f"no process of {service} has {named} in its command line")
+            process = below[0]
+        command = " ".join(process.cmdline())
+        os.kill(process.pid, signal.SIGKILL)
+        return command
+
+    def get(self, path: str) -> bytes | None:
+        """The body of a 200; None for what is not there yet, or where nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+                body: bytes = answer.read()
+                return body
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 503):
+                return None
+            raise Failed(f"GET {path}: {error.code} {error.read().decode(errors='replace')}") from error
+        except OSError:
+            return None
+
+    def get_json(self, path: str) -> Any:
+        body = self.get(path)
+        return None if body is None else json.loads(body)
+
+
+def program() -> list[str]:
+    """Compose: what the variable COMPOSE says, else the plugin of docker, else the older program."""
+    if given := os.environ.get("COMPOSE"):
+        return given.split()
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
+    return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
+
+
+def docker(*arguments: str) -> bytes:
+    done = subprocess.run(["docker", *arguments], capture_output=True)
+    if done.returncode:
+        raise Failed(f"docker {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def is_usable() -> bool:
+    """Whether there is a docker to speak of."""
+    return bool(shutil.which("docker")) and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+
+
+def wait_for(what: str, seconds: float, probe: Callable[[], T]) -> T:
+    """The first answer that is true. Raises Failed when there is none in time."""
+    end = time.monotonic() + seconds
+    while not (answer := probe()):
+        if time.monotonic() > end:
+            raise Failed(f"{what}: not within {seconds:.0f} s")
+        time.sleep(0.2)
+    return answer
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
