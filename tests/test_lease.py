@@ -22,7 +22,7 @@ from statsvc.backends import Backend, backend
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import LeaseError
 from statsvc.layout import LEASE, LEASE_SECONDS
-from workers.lease import HEARTBEAT_SECONDS, Lease, read_lease
+from workers.lease import HEARTBEAT_SECONDS, Lease, read_lease, wait_if_host_is_gone
 
 HOLD = """
 import sys
@@ -312,3 +312,48 @@ def test_of_many_that_take_over_a_dead_drivers_lease_one_holds_the_store(storage
     for thread in threads:
         thread.join()
     assert sorted(answers) == ["held"] + ["refused"] * 7
+
+
+class TestADriverOfAnotherHost:
+    """Its process cannot be looked at: only its heartbeat tells."""
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers.lease, "POLL_SECONDS", 0.01)
+
+    def held(self, age: float = 0.0, host: str = "elsewhere") -> bytes:
+        now = time.time()
+        lease = {"token": "x", "host": host, "pid": 1, "started": now, "since": now, "heartbeat": now - age}
+        return json.dumps(lease).encode()
+
+    def test_is_waited_for_until_its_lease_expires(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.3)
+        storage.write(LEASE, self.held())
+        told: list[str] = []
+        begun = time.monotonic()
+        wait_if_host_is_gone(storage, told.append)
+        assert time.monotonic() - begun > 0.2
+        assert len(told) == 1
+        assert "elsewhere" in told[0]
+
+    def test_is_respected_once_its_heart_beats(self, storage: Backend) -> None:
+        storage.write(LEASE, self.held(age=5))
+        beat = threading.Timer(0.1, lambda: storage.write(LEASE, self.held()))
+        beat.start()
+        with pytest.raises(LeaseError, match="elsewhere"):
+            wait_if_host_is_gone(storage, lambda _: None)
+        beat.join()
+
+    def test_makes_way_when_it_ends(self, storage: Backend) -> None:
+        storage.write(LEASE, self.held())
+        end = threading.Timer(0.1, lambda: storage.remove(LEASE))
+        end.start()
+        wait_if_host_is_gone(storage, lambda _: None)
+        end.join()
+
+    def test_nobody_waits_for_a_driver_of_this_host(self, storage: Backend, holder: subprocess.Popen[str]) -> None:
+        assert holder.poll() is None
+        with pytest.raises(LeaseError, match="another driver holds"):
+            wait_if_host_is_gone(storage, pytest.fail)
+        storage.write(LEASE, self.held(host=socket.gethostname()))  # a process that never was
+        wait_if_host_is_gone(storage, pytest.fail)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from statsvc.errors import LeaseError
 from statsvc.layout import LEASE, LEASE_SECONDS
 
 HEARTBEAT_SECONDS = 10.0
+POLL_SECONDS = 0.5
 
 
 class Lease:
@@ -86,6 +88,22 @@ def refuse_if_held(backend: Backend) -> bytes | None:
             f"(a lease without a heartbeat expires after {LEASE_SECONDS:.0f} s)"
         )
     return current
+
+
+def wait_if_host_is_gone(backend: Backend, tell: Callable[[str], None]) -> None:
+    """Raises LeaseError where a driver holds the store; but one on another host has to show that it still lives.
+
+    A container that was killed and replaced leaves a lease that nobody keeps: the new one has another host name, and
+    cannot look. Until that lease expires it may have to wait LEASE_SECONDS; a live driver shows within a heartbeat.
+    """
+    first = read_lease(backend)
+    if first is None or (holder := _alive(first)) is None:
+        return
+    if json.loads(first)["host"] != socket.gethostname():
+        tell(f"the store may be held by {holder}; waiting up to {LEASE_SECONDS:.0f} s to see whether that driver lives")
+        while read_lease(backend) == first and _alive(first):
+            time.sleep(POLL_SECONDS)
+    refuse_if_held(backend)
 
 
 def read_lease(backend: Backend) -> bytes | None:

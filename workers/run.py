@@ -15,7 +15,7 @@ from statsvc.plan import Plan
 from workers.agenda import Agenda
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
-from workers.lease import Lease, refuse_if_held
+from workers.lease import Lease, wait_if_host_is_gone
 from workers.phases import AGAIN, Phases, row_bytes
 from workers.progress import Display
 from workers.summary import print_plan, print_summary
@@ -35,7 +35,8 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
                 agenda.record.save()
         show.line("nothing to do: every dataset shard of the plan is indexed, measured and cached")
         return _quarantine_report(agenda, show)
-    refuse_if_held(agenda.backend)  # before the teachers are loaded; taken, and asked for again, once they are
+    # Before the teachers are loaded; the lease is taken, and asked for again, once they are.
+    wait_if_host_is_gone(agenda.backend, show.line)
     with stopping_on_signals(show) as stopping:
         engine = ENGINES[plan.engine.kind](
             EngineSetup(

@@ -157,7 +157,10 @@ class LocalBackend:
                 f"store: {str(self.root)!r} lies in {str(folder)!r}, which is no folder; name another place"
             )
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PlanError(f"store: {str(self.root)!r} cannot be written, {str(folder)!r} is read only; name another")
+            raise PlanError(
+                f"store: {str(self.root)!r} cannot be written: user {os.getuid()} may not write in {str(folder)!r}; "
+                "give that folder to this user, or name another place"
+            )
 
     def exists(self) -> bool:
         return self.size("zarr.json") is not None
