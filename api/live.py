@@ -7,11 +7,13 @@ unreplaced, which one look at the storage tells.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from statsvc.backends import Backend
-from statsvc.errors import NotAStore
+from statsvc.errors import DamagedObject, NotAStore, StatsvcError
 from statsvc.layout import commit_path, fit_path
 from statsvc.ledger import Commit, Ledger
 from statsvc.store import Store, Teacher
@@ -42,6 +44,25 @@ class LiveLedger(Ledger):
         return Commit.from_bytes(path, self._backend.read(path))
 
 
+@contextmanager
+def _other_than_ours(path: str) -> Iterator[None]:
+    """Metadata that parses, but holds something else than what was written there, is damaged like any other."""
+    try:
+        yield
+    except StatsvcError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise DamagedObject(
+            f"{path}: not the metadata of a statsvc store ({type(error).__name__}); remove it and run the plan again"
+        ) from error
+
+
+class _CheckedStore(Store):
+    def teacher(self, name: str) -> Teacher:
+        with _other_than_ours(f"teachers/{name}/zarr.json"):
+            return super().teacher(name)
+
+
 class LiveStore:
     """One store for all requests."""
 
@@ -60,7 +81,10 @@ class LiveStore:
             raise NotAStore("there is no store yet: `statsvc run PLAN` makes it; this service will find it by itself")
         with self._lock:
             if self._opened is None or self._opened[0] != version:
-                self._opened = version, Store(self.backend, LiveLedger(self.backend))
+                with _other_than_ours("zarr.json"):
+                    store = _CheckedStore(self.backend, LiveLedger(self.backend))
+                    range(store.rows_per_shard)  # a number, then
+                self._opened = version, store
             return self._opened[1]
 
     def teacher(self, name: str) -> Teacher:

@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from api.census import Census
+from statsvc.errors import StatsvcError
 
 STATES = ("waiting", "running", "stopped", "finished")
 
@@ -58,7 +59,15 @@ class _StoreCollector(Collector):
         return []  # which keeps the registry from counting the store when this is registered
 
     def collect(self) -> Iterator[Metric]:
-        progress = self._census.progress()
+        damaged = GaugeMetricFamily("statsvc_store_damaged", "1 where nothing can be counted; /readyz says why")
+        try:
+            progress = self._census.progress()
+        except (StatsvcError, OSError):  # whoever watches the service must hear of it, and of the rest
+            damaged.add_metric([], 1)
+            yield damaged
+            return
+        damaged.add_metric([], 0)
+        yield damaged
         state = GaugeMetricFamily("statsvc_run_state", "1 for the state the run is in", labels=["state"])
         for name in STATES:
             state.add_metric([name], float(progress["state"] == name))

@@ -135,7 +135,7 @@ class Sample(Document):
 
 
 class Names(Document):
-    names: list[str]
+    names: list[str] = Field(examples=[["000000.json", "000001.json"]])
 
 
 class Progress(Document):
@@ -155,8 +155,10 @@ class Health(Document):
 class Report(Document):
     """What is known about the fits of a teacher, and the drift of its cached targets from the pilot."""
 
-    teacher: str
-    fits: dict[str, dict[str, dict[str, Any]]] = Field(description="by output and method")
+    teacher: str = Field(examples=["dino"])
+    fits: dict[str, dict[str, dict[str, Any]]] = Field(
+        description="by output and method", examples=[{"patches": {"phi-s": {"alpha": 0.7412, "converged": True}}}]
+    )
     drift: dict[str, dict[str, list[dict[str, Any]]]] = Field(
         description="by cache set and output, for each dataset shard: rows, rms of the channel means (0 is expected), "
         "mean, least and largest of the channel variances (1 is expected of phi-s and standardize)"

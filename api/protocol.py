@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from api.errors import problem
 
 MAX_HEAD_NBYTES = 64 << 10
 HEAD_SECONDS = 20.0
@@ -30,6 +31,13 @@ class Protocol(HttpToolsProtocol):
             self.logger.warning("a request's head is larger than %d bytes; connection closed", MAX_HEAD_NBYTES)
             self.transport.close()
 
+    def send_400_response(self, msg: str) -> None:
+        del msg  # says less
+        answer = problem(400, f"this is no HTTP/1.1, or an address of more than {MAX_HEAD_NBYTES - 1} bytes")
+        lines = [b"HTTP/1.1 400 Bad Request", b"connection: close", *(b": ".join(line) for line in answer.raw_headers)]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        self.transport.close()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self._head_timer is None:
@@ -40,7 +48,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        async def until_cut_off(scope: Scope, receive: Receive, send: Send) -> None:
+        async def until_cut_off(scope: Any, receive: Any, send: Any) -> None:
             try:
                 await app(scope, receive, send)
             except asyncio.CancelledError:  # the time to end gracefully is over, and the client has not read it all

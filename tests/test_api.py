@@ -306,7 +306,7 @@ class TestSamples:
 
 
 class TestKeys:
-    def test_keys_of_any_bytes_are_found_in_every_tar_that_has_them(self, finished: Finished, tmp_path: Path) -> None:
+    def test_keys_of_any_bytes_are_found_in_every_tar_that_has_them(self, finished: Finished) -> None:
         for name in ("d.tar", "e.tar"):
             (image,) = photographs("x")
             write_tar(finished.folder / name, [("ordner/bild \udce4 %41.jpg", image[1])])

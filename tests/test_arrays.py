@@ -24,7 +24,7 @@ from statsvc.checksum import crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.layout import ArraySpec
 from statsvc.ledger import Commit, ObjectRecord
-from statsvc.shardfile import ShardWriter
+from statsvc.shardfile import ShardFile, ShardWriter
 from tests.test_layout import SPECS, C
 
 SHARDS = 4
@@ -130,6 +130,7 @@ def test_we_read_what_was_written(storage: Backend, path: str) -> None:
             np.testing.assert_array_equal(found, expected[first : first + spec.rows])
             continue
         opened = open_feature_shard(storage, spec, shard, commit)
+        assert isinstance(opened, ShardFile)
         assert np.flatnonzero(opened.present_R).tolist() == PRESENT[shard]
         for row in PRESENT[shard]:
             np.testing.assert_array_equal(opened.row(row).view(spec.dtype).reshape(spec.shape), expected[first + row])

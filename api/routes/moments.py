@@ -21,7 +21,7 @@ from statsvc.store import Teacher
 router = APIRouter(tags=["statistics"])
 
 MomentsFormat = Annotated[
-    Literal["json", "npz"] | None, Query(alias="format", description="instead of an Accept header")
+    Literal["json", "npz"] | None, Query(alias="format", description="instead of an Accept header", examples=["npz"])
 ]
 
 
@@ -39,9 +39,7 @@ def read_moments(
     service: ServiceDep,
     name: TeacherName,
     output: Output = "patches",
-    format_: Annotated[
-        Literal["json", "npz"] | None, Query(alias="format", description="instead of an Accept header")
-    ] = None,
+    format_: MomentsFormat = None,
     dtype: DTypeQuery = "float64",
 ) -> Response:
     """Count, mean and covariance of the pilot; the covariance with format=npz."""

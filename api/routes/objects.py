@@ -27,6 +27,7 @@ def list_objects(service: ServiceDep, folder: Folder) -> Names:
 @byte_router.head("/objects/{path:path}", include_in_schema=False)
 @byte_router.get(
     "/objects/{path:path}",
+    response_model=None,
     responses=OBJECT,
     openapi_extra=RANGE_HEADERS,
 )

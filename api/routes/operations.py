@@ -13,7 +13,7 @@ from api.service import ServiceDep
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/healthz")
+@router.get("/healthz", openapi_extra={"security": []})
 async def is_alive() -> Health:
     """The process answers. Needs no token and no store, and is answered under any load."""
     return Health(status="ok")
@@ -31,7 +31,11 @@ def is_ready(service: ServiceDep) -> Health:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={
+        200: {
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": 'statsvc_fitted{teacher="dino"} 1.0'}}
+        }
+    },
 )
 def read_metrics(service: ServiceDep) -> Response:
     """Prometheus: requests, bytes, latencies, the store's gauges and the run's progress."""

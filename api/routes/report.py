@@ -21,8 +21,12 @@ router = APIRouter(tags=["statistics"])
 def read_report(
     service: ServiceDep,
     name: TeacherName,
-    start: Annotated[int, Query(ge=0, le=999_999_999, description="first dataset shard of the drift")] = 0,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="dataset shards of the drift in one answer")] = 1000,
+    start: Annotated[
+        int, Query(ge=0, le=999_999_999, description="first dataset shard of the drift", examples=[0])
+    ] = 0,
+    limit: Annotated[
+        int, Query(ge=1, le=10_000, description="dataset shards of the drift in one answer", examples=[100])
+    ] = 1000,
 ) -> Report:
     """The report of every fit, and for each cache set and output how far each dataset shard is from the pilot."""
     teacher = service.live.teacher(name)

@@ -30,9 +30,14 @@ ArrayQuery = Annotated[
 ]
 SetQuery = Annotated[
     str | None,
-    Query(alias="set", description="cache set; may be left out where there is one", pattern=r"^[a-z0-9._-]{1,128}$"),
+    Query(
+        alias="set",
+        description="cache set; may be left out where there is one",
+        pattern=r"^[a-z0-9._-]{1,128}$",
+        examples=["phi-s-3f0d6b0c9f3c-int8"],
+    ),
 ]
-ShardNumber = Annotated[int, Path(ge=0, le=999_999_999, examples=[0])]
+ShardNumber = Annotated[int, Path(ge=0, le=999_999_999, description="number of the dataset shard", examples=[0])]
 
 
 @router.get("/teachers/{name}/shards", responses=problems(404))
@@ -41,8 +46,8 @@ def list_shards(
     name: TeacherName,
     array: ArrayQuery = None,
     set_: SetQuery = None,
-    start: Annotated[int, Query(ge=0, le=999_999_999, description="first dataset shard to list")] = 0,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="entries of one answer")] = 10_000,
+    start: Annotated[int, Query(ge=0, le=999_999_999, description="first dataset shard to list", examples=[0])] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="entries of one answer", examples=[100])] = 10_000,
 ) -> Shards:
     """Committed feature shards of one array, in order."""
     teacher = service.live.teacher(name)

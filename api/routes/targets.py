@@ -25,6 +25,7 @@ ROWS = re.compile(r"(?:0|[1-9]\d{0,17})(?:,(?:0|[1-9]\d{0,17}))*", re.ASCII)
 @router.get(
     "/teachers/{name}/targets",
     response_model=None,
+    response_class=Response,
     responses={
         200: {
             "description": "float32 [rows, tokens, channels], with the transform's digest in Statsvc-Transform",
@@ -37,12 +38,18 @@ def read_targets(
     service: ServiceDep,
     name: TeacherName,
     rows: Annotated[
-        str, Query(max_length=8192, description="row numbers with commas between them", examples=["0,5,9"])
+        str,
+        Query(
+            max_length=8192,
+            description="row numbers with commas between them",
+            examples=["0,5,9"],
+            json_schema_extra={"pattern": f"^{ROWS.pattern}$".replace(r"\d", "[0-9]")},
+        ),
     ],
     output: Output = "patches",
     set_: SetQuery = None,
     space: Annotated[
-        Literal["normalized", "teacher"], Query(description="teacher: the transform is undone")
+        Literal["normalized", "teacher"], Query(description="teacher: the transform is undone", examples=["teacher"])
     ] = "normalized",
 ) -> Response:
     """Targets of some rows; a row without one is 404, never zeros."""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from api.errors import NotFitted
-from api.models import TransformCard
+from api.models import DIGEST, TransformCard
 from api.negotiate import MEDIA_TYPES, VARY, DType, Format, choose, is_known, not_modified, npz
 from api.openapi import problems
 from api.service import Service, ServiceDep, TeacherName
@@ -24,11 +24,17 @@ IMMUTABLE = {"Cache-Control": "max-age=31536000, immutable"}
 CURRENT = {"Cache-Control": "no-cache"}
 FORMATS = ("json", "safetensors", "npz")
 
-Output = Annotated[str, Query(description="which output of the teacher", pattern=r"^[a-z]{1,32}$")]
-FormatQuery = Annotated[Format | None, Query(alias="format", description="instead of an Accept header")]
-DTypeQuery = Annotated[DType, Query(description="of the numbers; the artifact itself is float64")]
-Method = Annotated[str, Path(pattern=r"^[a-z0-9-]{1,32}$", examples=["phi-s"])]
-Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+Output = Annotated[
+    str, Query(description="which output of the teacher", pattern=r"^[a-z]{1,32}$", examples=["patches"])
+]
+FormatQuery = Annotated[
+    Format | None, Query(alias="format", description="instead of an Accept header", examples=["npz"])
+]
+DTypeQuery = Annotated[DType, Query(description="of the numbers; the artifact itself is float64", examples=["float32"])]
+Method = Annotated[
+    str, Path(pattern=r"^[a-z0-9-]{1,32}$", description="phi-s, global, standardize, ...", examples=["phi-s"])
+]
+Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="of the transform", examples=[DIGEST])]
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {

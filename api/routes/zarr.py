@@ -16,7 +16,7 @@ ZarrPath = Annotated[str, Path(description="path below the store's root", exampl
 
 
 @router.head("/zarr/{path:path}", include_in_schema=False)
-@router.get("/zarr/{path:path}", responses=OBJECT, openapi_extra=RANGE_HEADERS)
+@router.get("/zarr/{path:path}", response_model=None, responses=OBJECT, openapi_extra=RANGE_HEADERS)
 def read_zarr(path: ZarrPath) -> str:
     """Every zarr.json, and committed chunks byte for byte: open http://host:port/zarr with any Zarr v3 client.
 

@@ -67,7 +67,8 @@ class Connections:
     """To one host. Threads may share it; a forked process gets connections of its own."""
 
     def __init__(self, scheme: str, host: str, port: int | None) -> None:
-        self._address = scheme, host, port
+        self._host, self._port = host, port
+        self._context = ssl.create_default_context() if scheme == "https" else None
         self._process, self._idle = os.getpid(), list[HTTPConnection]()
         weakref.finalize(self, _close, self._idle)
 
@@ -104,9 +105,10 @@ class Connections:
         return self._connect()
 
     def _connect(self) -> HTTPConnection:
-        scheme, host, port = self._address
-        kind = HTTPSConnection if scheme == "https" else HTTPConnection
-        connection = kind(host, port, timeout=CONNECT_SECONDS)
+        if self._context is None:
+            connection = HTTPConnection(self._host, self._port, timeout=CONNECT_SECONDS)
+        else:
+            connection = HTTPSConnection(self._host, self._port, timeout=CONNECT_SECONDS, context=self._context)
         with _lost():
             connection.connect()
             connection.sock.settimeout(READ_SECONDS)
