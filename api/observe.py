@@ -57,7 +57,7 @@ class Observe:
             log.error("unexpected %s in request %s", type(error).__name__, request_id.decode())
             log.debug("request %s", request_id.decode(), exc_info=True)
             if status:
-                raise  # too late for another answer: the server closes the connection
+                return  # too late for another answer: the server closes the connection, and the client notices
             detail = f"unexpected {type(error).__name__}; the log has it under request id {request_id.decode()}"
             await problem(500, detail)(scope, receive, observed)
         finally:
