@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from statsvc.backends.local import LocalBackend
 from tests.conftest import Finished
 from tests.service import Running, serving
 from tests.transfers import Client, connected, raw_socket, until_closed
@@ -255,6 +259,25 @@ def test_no_answer_names_the_folder_of_the_store_or_is_a_defect(
                     assert len(answer.detail) > 10
             assert client("/healthz").status == client("/metrics").status == 200
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_not_described_to_clients(
+    finished: Finished, service: Running, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(self: LocalBackend, path: str) -> BinaryIO:
+        raise OSError(number, os.strerror(number), str(self.root / path))
+
+    every_target, statuses = targets(finished.path), set()
+    monkeypatch.setattr(LocalBackend, "_open", fail)
+    with connected(service) as client:
+        for target in every_target:
+            answer = client(target)
+            statuses.add(answer.status)
+            assert str(finished.folder).encode() not in answer.body, target
+            assert answer.status in STATUSES, (target, answer)
+        assert client("/healthz").status == client("/metrics").status == 200
+    assert 503 in statuses
 
 
 def test_every_documented_route_is_among_those(service_once: Running) -> None:
