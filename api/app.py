@@ -17,6 +17,7 @@ from api.openapi import EVERYWHERE, with_problem_schema
 from api.routes import ROUTERS
 from api.service import Service
 from api.settings import Settings
+from api.shortcut import Shortcut
 from statsvc.backends import backend
 
 DESCRIPTION = """Fitted normalizations (PHI-S and others) and cached, normalized teacher features for student training.
@@ -41,6 +42,7 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.add_middleware(Shortcut, service=service)
     app.add_middleware(Guard, service=service)
     if settings.cors_origins:  # outside the guard, as a browser asks for leave without a token
         app.add_middleware(

@@ -37,8 +37,11 @@ class Sender:
         headers = _headers(readable, part, size)
         if self._accel_prefix is not None and part.status == 200:
             headers.append((b"x-accel-redirect", f"{self._accel_prefix}{readable.path}".encode()))
+        has_body = scope["method"] != "HEAD" and part.begin < part.end
+        if has_body:  # before the first byte, damage still gets an answer that says so
+            await _warm_up(readable, part.begin, min(part.begin + MAX_SLICE_NBYTES, part.end))
         await send({"type": "http.response.start", "status": part.status, "headers": headers})
-        if scope["method"] == "HEAD" or part.begin == part.end:
+        if not has_body:
             await send({"type": "http.response.body", "body": b""})
             return
         self._transfers += 1
@@ -54,8 +57,7 @@ class Sender:
         try:
             while begin < part.end:
                 end = min(begin + self._slice_nbytes(), part.end)
-                if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
-                    await run_in_threadpool(readable.warm_up, begin, end)
+                await _warm_up(readable, begin, end)
                 if begin > part.begin:
                     if gone is None:
                         gone = asyncio.ensure_future(_disconnected(receive))
@@ -90,6 +92,11 @@ def _headers(readable: Readable, part: Slice, size: int) -> list[tuple[bytes, by
     if part.status in (200, 206):
         headers.append((b"content-type", readable.media_type.encode()))
     return headers
+
+
+async def _warm_up(readable: Readable, begin: int, end: int) -> None:
+    if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
+        await run_in_threadpool(readable.warm_up, begin, end)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -10,20 +10,19 @@
 from __future__ import annotations
 
 import math
-import mmap
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from api.live import LiveStore
+from statsvc.backends import Backend
 from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.ledger import Commit
+from statsvc.ledger import Commit, ObjectRecord
 from statsvc.store import Store
 
 NAME = r"[a-z0-9][a-z0-9_.-]{0,127}"
@@ -36,28 +35,42 @@ RECORD = re.compile(
 FOLDER = re.compile(rf"teachers(?:/{NAME}/cache)?|\.statsvc/commits(?:/{NAME}){{0,3}}")
 
 KEPT = 256  # objects that are kept open between requests
+HELD_NBYTES = 1 << 20  # documents up to this size are held in memory, larger ones mapped
 REGION_NBYTES = 1 << 20
+SCRATCH_NBYTES = 256 << 10
 WARM_SECONDS = 60.0
 
 
 class Readable:
-    """An object that may be read: its bytes, mapped or held, and what identifies them."""
+    """An object that may be read: its bytes, mapped or held, and what identifies them.
 
-    def __init__(self, path: str, view: memoryview, etag: str, media_type: str = "application/octet-stream") -> None:
-        self.path, self.view, self.etag, self.media_type = path, view, etag, media_type
-        self._touched = [-math.inf] * (len(view) // REGION_NBYTES + 1)
+    load  brings bytes [begin, end) from disk into the page cache; None: they are in memory
+    """
+
+    def __init__(
+        self,
+        path: str,
+        view: memoryview,
+        etag: str,
+        media_type: str = "application/octet-stream",
+        load: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path, self.view, self.etag, self.media_type, self._load = path, view, etag, media_type, load
+        self._loaded = [-math.inf] * (len(view) // REGION_NBYTES + 1)  # when, by region
 
     def is_cold(self, begin: int, end: int) -> bool:
         """Whether bytes [begin, end) may have to come from disk: nobody read them within the last minute."""
-        oldest = min(self._touched[begin // REGION_NBYTES : (end - 1) // REGION_NBYTES + 1])
+        if self._load is None:
+            return False
+        oldest = min(self._loaded[begin // REGION_NBYTES : (end - 1) // REGION_NBYTES + 1])
         return oldest < time.monotonic() - WARM_SECONDS
 
     def warm_up(self, begin: int, end: int) -> None:
-        """Touch every page, in a thread: numpy lets the other threads run meanwhile, where a bytes() would not."""
+        """Wait for the disk, in a thread. Raises DamagedObject where the object was cut under us."""
+        assert self._load is not None  # else it is never cold
         first, last = begin // REGION_NBYTES, (end - 1) // REGION_NBYTES
-        region = np.frombuffer(self.view, np.uint8)[first * REGION_NBYTES : (last + 1) * REGION_NBYTES]
-        region[:: max(1, min(mmap.PAGESIZE, len(region) // 2048))].max()  # numpy keeps the lock for few numbers
-        self._touched[first : last + 1] = [time.monotonic()] * (last + 1 - first)
+        self._load(first * REGION_NBYTES, min((last + 1) * REGION_NBYTES, len(self.view)))
+        self._loaded[first : last + 1] = [time.monotonic()] * (last + 1 - first)
 
 
 class _Kept(NamedTuple):
@@ -94,19 +107,20 @@ class Objects:
         version = backend.version(path)
         if not found:
             try:
-                content = backend.read(path)
+                content = backend.view(path) if (backend.size(path) or 0) > HELD_NBYTES else None
+                content = memoryview(backend.read(path)) if content is None else content
             except FileNotFoundError as error:
                 raise absent(path) from error
             media_type = "application/octet-stream" if path.endswith(".safetensors") else "application/json"
-            readable = Readable(path, memoryview(content), f'"{crc32c_hex(crc32c(content))}"', media_type)
+            readable = Readable(path, content, f'"{crc32c_hex(crc32c(content))}"', media_type)
             return self._keep(_Kept(readable, ((path, version),)))
         for commit in vouching(self._live.current(), found[1].split("/"), int(found[2])):
             for record in commit.objects:
                 if record.path == path:
                     versions = ((path, version), (commit.path, backend.version(commit.path)))
                     view = self._view(path, record.bytes)
-                    etag = f'"{record.content_crc32c}"'
-                    return self._keep(_Kept(Readable(path, view, etag, "application/octet-stream"), versions))
+                    load = partial(load_pages, backend, record)
+                    return self._keep(_Kept(Readable(path, view, f'"{record.content_crc32c}"', load=load), versions))
         raise absent(path)
 
     def names(self, folder: str) -> list[str]:
@@ -138,6 +152,18 @@ class Objects:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return kept.readable
+
+
+def load_pages(backend: Backend, record: ObjectRecord, begin: int, end: int) -> None:
+    """Read bytes that are mapped elsewhere, and forget them.
+
+    By system calls: touching the map itself would hold up all threads while the disk is slow, and where somebody cut
+    the file short it would end the process.
+    """
+    scratch = memoryview(bytearray(SCRATCH_NBYTES))
+    with backend.fetch(record, begin, end) as fill:
+        for position in range(begin, end, SCRATCH_NBYTES):
+            fill(scratch[: end - position])
 
 
 def vouching(store: Store, array: list[str], shard: int) -> Iterator[Commit]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
-import uuid
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import problem
+from api.errors import answer, problem, status_of
 
 if TYPE_CHECKING:
     from api.service import Service
@@ -53,6 +53,9 @@ class Observe:
         try:
             await self._app(scope, receive, observed)
         except Exception as error:
+            if not status and status_of(error) != 500:
+                await answer(error)(scope, receive, observed)
+                return
             # The text of an unexpected error may name folders or values; where it was raised is for the debug log.
             log.error("unexpected %s in request %s", type(error).__name__, request_id.decode())
             log.debug("request %s", request_id.decode(), exc_info=True)
@@ -78,7 +81,7 @@ def _request_id(scope: Scope) -> bytes:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             given: bytes = value
             return given
-    return uuid.uuid4().hex.encode()
+    return os.urandom(16).hex().encode()
 
 
 def _route(scope: Scope) -> str:

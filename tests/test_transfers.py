@@ -8,11 +8,15 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
 from api import objects
@@ -225,3 +229,31 @@ def test_objects_that_are_no_longer_asked_for_are_closed(
     assert sum(name.startswith(str(store)) for name in open_files()) == 3
     assert count([])[2] == 0
     assert count([])[2] == 0
+
+
+def test_a_shard_that_is_cut_while_it_is_sent_ends_that_transfer_alone(store: Path, tmp_path: Path, big: bytes) -> None:
+    # In a process of its own: a page that is gone may end the process that touches it.
+    shutil.copytree(store, tmp_path / "store")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "statsvc"), "serve", "--store", str(tmp_path / "store")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+    try:
+        soon(lambda: b"startup complete" in (tmp_path / "log").read_bytes(), "the service does not start")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(GET_BIG)
+            received = connection.recv(1000)
+            os.truncate(tmp_path / "store" / BIG, len(big) // 4)
+            with suppress(ConnectionResetError):
+                while more := connection.recv(1 << 20):
+                    received += more
+        assert received.partition(b"\r\n\r\n")[2] != big
+        answer = httpx.get(f"http://127.0.0.1:{port}/zarr/{BIG}")
+        assert (answer.status_code, process.poll()) == (409, None)
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        process.terminate()
+        process.wait(40)

@@ -213,6 +213,8 @@ def slow_readers(store: Path, path: str) -> None:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
             reader.sendall(f"GET /zarr/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             readers.append(reader)
+        for reader in readers:
+            reader.recv(1)  # every transfer is under way
 
         def read_slowly() -> None:
             while not ending.wait(0.1):
