@@ -8,9 +8,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors
 from api.guard import Guard
+from api.head import HeadAsGet
 from api.live import LiveStore
 from api.observe import Observe
 from api.openapi import EVERYWHERE, with_problem_schema
@@ -25,13 +27,29 @@ DESCRIPTION = """Fitted normalizations (PHI-S and others) and cached, normalized
 Read only. Errors are problem documents whose `detail` says what to do. `/zarr` opens with any Zarr v3 client."""
 
 
+class _LayeredApp(FastAPI):
+    """Our layers come before FastAPI's own, which take as long as a short range does."""
+
+    layers: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self.layers(scope, receive, send)
+        else:
+            await self.answer(scope, receive, send)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The routes."""
+        await super().__call__(scope, receive, send)
+
+
 def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False) -> FastAPI:
     """The service of one store, which may appear later. `stopping` ends endless answers when the server is to end.
 
     Raises PlanError for a store location that can never be one.
     """
     service = Service(settings, LiveStore(backend(settings.store)), stopping)
-    app = FastAPI(
+    app = _LayeredApp(
         title="statsvc",
         description=DESCRIPTION,
         version=version("statsvc"),
@@ -42,24 +60,24 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_middleware(Shortcut, service=service)
-    app.add_middleware(Guard, service=service)
+    layers: ASGIApp = Guard(Shortcut(HeadAsGet(app.answer), service), service)
     if settings.cors_origins:  # outside the guard, as a browser asks for leave without a token
-        app.add_middleware(
-            CORSMiddleware,
+        layers = CORSMiddleware(
+            layers,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "HEAD"],
-            allow_headers=["Authorization", "Range", "If-Range", "If-Match", "If-None-Match"],
+            allow_headers=["Authorization", "Range", "If-Range", "If-Match", "If-None-Match", "X-Request-ID"],
             expose_headers=[
                 "ETag",
                 "Content-Range",
                 "Accept-Ranges",
                 "Retry-After",
                 "Statsvc-Transform",
+                "Statsvc-Set",
                 "X-Request-ID",
             ],
         )
-    app.add_middleware(Observe, service=service)
+    app.layers = Observe(layers, service)
     _document(app, needs_token=settings.token is not None)
     return app
 

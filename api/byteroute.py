@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from api.objects import Readable
@@ -40,7 +39,7 @@ class ByteRoute(APIRoute):
             path = endpoint(request.path_params["path"])
             readable = service.objects.kept(path)
             if readable is None:
-                readable = await run_in_threadpool(service.objects.open, path)
+                readable = await service.sender.in_thread(service.objects.open, path)
             return ObjectResponse(readable, service)
 
         return handle

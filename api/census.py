@@ -15,6 +15,7 @@ from statsvc.ledger import Commit
 from statsvc.store import Store
 
 REFRESH_SECONDS = 1.0  # how old an answer may be
+SHARE = 0.05  # of the time that may go into counting, once the store is so large that listing it takes long
 RATE_SECONDS = 60.0  # over which a rate is taken
 NOTHING_YET: dict[str, Any] = {
     "state": "waiting",
@@ -93,7 +94,7 @@ class Census:
         self._begin(None)
 
     def _begin(self, store: Store | None) -> None:
-        self._store, self._taken = store, -REFRESH_SECONDS
+        self._store, self._taken, self._took = store, 0.0, 0.0
         self._index = Tally()
         self._measured: dict[str, Tally] = {}
         self._cached: dict[str, dict[str, Tally]] = {}
@@ -112,14 +113,23 @@ class Census:
             try:
                 if store is not self._store:
                     self._begin(store)
-                if self._counts is None or time.monotonic() - self._taken >= REFRESH_SECONDS:
+                begun = time.monotonic()
+                if self._counts is None or begun - self._taken >= max(REFRESH_SECONDS, self._took / SHARE):
                     self._counts = self._count(store)
                     self._taken = time.monotonic()
+                    self._took = self._taken - begun
                 known = self._counts
             finally:
                 self._lock.release()
         assert known is not None  # else the lock was waited for
         return known
+
+    def sets(self, teacher: str) -> list[str]:
+        """The cache sets that have a commit: the folder of one is there before anything is in it."""
+        counts = self.counts()["teachers"].get(teacher)
+        if counts is None:
+            return []
+        return [name for name, found in counts["cached"].items() if found["dataset_shards"] or found["damaged_commits"]]
 
     def shards(self, teacher: str, cache_set: str, start: int = 0) -> list[int]:
         """The dataset shards that are cached, from `start` on, in order."""
@@ -196,7 +206,7 @@ class Census:
         try:
             heartbeat = json.loads(self._live.backend.read(LEASE))["heartbeat"]
             return bool(time.time() - heartbeat <= LEASE_SECONDS)
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
             return False
 
     def _run_record(self) -> tuple[int | None, int, list[str]]:
@@ -204,6 +214,6 @@ class Census:
         try:
             found = json.loads(self._live.backend.read(RUN))
             quarantined = {name for shards in found.get("quarantine", {}).values() for name in shards}
-            return len(found["locations"]), len(quarantined), list(found["plan"]["teachers"])
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+            return len(found["locations"]), len(quarantined), [str(name) for name in found["plan"]["teachers"]]
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None, 0, []

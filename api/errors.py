@@ -99,6 +99,11 @@ def answer(error: Exception) -> JSONResponse:
     return problem(status_of(error), str(error))
 
 
+def unexpected(error: Exception, request_id: str) -> JSONResponse:
+    """The answer where a defect of ours showed."""
+    return problem(500, f"unexpected {type(error).__name__}; the log has it under request id {request_id}")
+
+
 def install(app: FastAPI) -> None:
     """Let every error become a problem document."""
 
@@ -115,10 +120,14 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         details = {
             404: "no such route; /docs lists those there are",
-            405: "this service is read only: GET, and HEAD for objects of the store",
+            405: "this service is read only: GET and HEAD",
         }
         return problem(error.status_code, details.get(error.status_code, error.detail), dict(error.headers or {}))
 
+    def on_defect(request: Request, error: Exception) -> JSONResponse:
+        return unexpected(error, request.scope.get("request_id", "none"))
+
+    app.add_exception_handler(Exception, on_defect)
     app.add_exception_handler(StatsvcError, on_ours)
     app.add_exception_handler(OSError, on_ours)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -7,8 +7,11 @@ tuned nginx, this is level with it, where a FileResponse in pieces of 64 KB reac
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from starlette.types import Receive, Scope, Send
 
 from api.objects import Readable
@@ -19,6 +22,9 @@ from api.ranges import Slice, asked, requested
 TURN_NBYTES = 8 << 20
 MAX_SLICE_NBYTES = 4 << 20
 MIN_SLICE_NBYTES = 32 << 10
+THREADS = 16
+
+T = TypeVar("T")
 
 
 class Sender:
@@ -27,6 +33,11 @@ class Sender:
     def __init__(self, accel_prefix: str | None = None) -> None:
         self._accel_prefix = accel_prefix
         self._transfers = 0
+        self._threads = CapacityLimiter(THREADS)
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """For what waits for the disk: in threads that no other route can take all of."""
+        return await run_sync(function, *arguments, limiter=self._threads)
 
     async def send(self, readable: Readable, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer GET or HEAD for an object, with ranges and conditions."""
@@ -39,7 +50,7 @@ class Sender:
             headers.append((b"x-accel-redirect", f"{self._accel_prefix}{readable.path}".encode()))
         has_body = scope["method"] != "HEAD" and part.begin < part.end
         if has_body:  # before the first byte, damage still gets an answer that says so
-            await _warm_up(readable, part.begin, min(part.begin + MAX_SLICE_NBYTES, part.end))
+            await self._warm_up(readable, part.begin, min(part.begin + MAX_SLICE_NBYTES, part.end))
         await send({"type": "http.response.start", "status": part.status, "headers": headers})
         if not has_body:
             await send({"type": "http.response.body", "body": b""})
@@ -57,7 +68,7 @@ class Sender:
         try:
             while begin < part.end:
                 end = min(begin + self._slice_nbytes(), part.end)
-                await _warm_up(readable, begin, end)
+                await self._warm_up(readable, begin, end)
                 if begin > part.begin:
                     if gone is None:
                         gone = asyncio.ensure_future(_disconnected(receive))
@@ -71,6 +82,10 @@ class Sender:
         finally:
             if gone is not None:
                 gone.cancel()
+
+    async def _warm_up(self, readable: Readable, begin: int, end: int) -> None:
+        if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
+            await self.in_thread(readable.warm_up, begin, end)
 
     def _slice_nbytes(self) -> int:
         return max(MIN_SLICE_NBYTES, min(MAX_SLICE_NBYTES, TURN_NBYTES // self._transfers))
@@ -92,11 +107,6 @@ def _headers(readable: Readable, part: Slice, size: int) -> list[tuple[bytes, by
     if part.status in (200, 206):
         headers.append((b"content-type", readable.media_type.encode()))
     return headers
-
-
-async def _warm_up(readable: Readable, begin: int, end: int) -> None:
-    if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
-        await run_in_threadpool(readable.warm_up, begin, end)
 
 
 async def _disconnected(receive: Receive) -> None:

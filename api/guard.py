@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MAX_HEADER_NBYTES = 32 << 10
 MAX_PATH_NBYTES = 4 << 10
 MAX_QUERY_NBYTES = 16 << 10
+WATCHED_PATH = "/metrics"  # which has to tell of the overload
 OPEN_PATH = "/healthz"  # for whoever keeps the process alive, also under overload and without a token
 
 
@@ -32,7 +33,7 @@ class Guard:
         if scope["type"] != "http" or scope["path"] == OPEN_PATH:
             await self._app(scope, receive, send)
             return
-        if self._answering >= self._max_requests:
+        if self._answering >= self._max_requests and scope["path"] != WATCHED_PATH:
             self._metrics.refused.inc()
             refusal = answer(
                 Busy(f"{self._answering} requests are being answered, as many as this service takes; try again")

@@ -15,10 +15,11 @@ from typing import Any
 from statsvc.backends import Backend
 from statsvc.errors import DamagedObject, NotAStore, StatsvcError
 from statsvc.layout import commit_path, fit_path
-from statsvc.ledger import Commit, Ledger
+from statsvc.ledger import Commit, Ledger, attributes
 from statsvc.store import Store, Teacher
 
 KEPT_COMMITS = 4096
+MOST = 10**9  # of anything that metadata counts
 KEPT_TEACHERS = 256
 
 
@@ -45,22 +46,54 @@ class LiveLedger(Ledger):
 
 
 @contextmanager
-def _other_than_ours(path: str) -> Iterator[None]:
+def other_than_ours(path: str) -> Iterator[None]:
     """Metadata that parses, but holds something else than what was written there, is damaged like any other."""
     try:
         yield
     except StatsvcError:
         raise
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedObject(
             f"{path}: not the metadata of a statsvc store ({type(error).__name__}); remove it and run the plan again"
         ) from error
 
 
+class _Unmapped:
+    """A backend whose objects are read by system calls alone: a shard that is cut under a map ends the process."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def view(self, path: str) -> None:
+        """Nothing is mapped."""
+
+
 class _CheckedStore(Store):
+    """Metadata is checked where it is opened, so that no route has to doubt it."""
+
+    def __init__(self, backend: _Unmapped, ledger: Ledger) -> None:
+        super().__init__(backend, ledger)
+        views = attributes(backend, "", "views")["views"]
+        self.views_per_image = _number(views["per_image"])
+        _number(self.rows_per_shard)
+
     def teacher(self, name: str) -> Teacher:
-        with _other_than_ours(f"teachers/{name}/zarr.json"):
-            return super().teacher(name)
+        with other_than_ours(f"teachers/{name}/zarr.json"):
+            teacher = super().teacher(name)
+            for shape in teacher.outputs.values():
+                for number in (shape.tokens, shape.dim, *(shape.grid or (1, 1))):
+                    _number(number)
+            dict.items(teacher.preprocessing), str.encode(teacher.fingerprint)
+            return teacher
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise ValueError(f"{value!r} where a number of rows, views, tokens or channels belongs")
+    return value
 
 
 class LiveStore:
@@ -69,21 +102,20 @@ class LiveStore:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self._lock = threading.Lock()
-        self._opened: tuple[str, Store] | None = None
+        self._opened: tuple[str, _CheckedStore] | None = None
         self._teacher = lru_cache(KEPT_TEACHERS)(self._open_teacher)
         self._fits = lru_cache(KEPT_TEACHERS)(self._read_fits)
         self.moments_digest = lru_cache(KEPT_TEACHERS)(self._read_moments_digest)
 
-    def current(self) -> Store:
+    def current(self) -> _CheckedStore:
         """Raises NotAStore while there is none."""
         version = self.backend.version("zarr.json")
         if version is None:
             raise NotAStore("there is no store yet: `statsvc run PLAN` makes it; this service will find it by itself")
         with self._lock:
             if self._opened is None or self._opened[0] != version:
-                with _other_than_ours("zarr.json"):
-                    store = _CheckedStore(self.backend, LiveLedger(self.backend))
-                    range(store.rows_per_shard)  # a number, then
+                with other_than_ours("zarr.json"):
+                    store = _CheckedStore(_Unmapped(self.backend), LiveLedger(self.backend))
                 self._opened = version, store
             return self._opened[1]
 

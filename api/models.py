@@ -114,6 +114,10 @@ class Shards(Document):
     array: str = Field(examples=["patches/codes"])
     transform: str = Field(description="digest of the transform these targets were made with", examples=[DIGEST])
     shards: list[ShardEntry]
+    damaged: list[int] = Field(
+        description="dataset shards whose commit fails its checksum; `statsvc verify --repair` mends them",
+        examples=[[]],
+    )
     next: str | None = Field(description="where the list goes on", examples=[None])
 
 
@@ -162,4 +166,7 @@ class Report(Document):
     drift: dict[str, dict[str, list[dict[str, Any]]]] = Field(
         description="by cache set and output, for each dataset shard: rows, rms of the channel means (0 is expected), "
         "mean, least and largest of the channel variances (1 is expected of phi-s and standardize)"
+    )
+    damaged: list[int] = Field(
+        description="dataset shards whose drift cannot be read; `statsvc verify --repair` mends them", examples=[[]]
     )

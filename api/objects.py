@@ -106,6 +106,8 @@ class Objects:
             raise absent(path)
         version = backend.version(path)
         if not found:
+            if version is None:
+                raise absent(path)
             try:
                 content = backend.view(path) if (backend.size(path) or 0) > HELD_NBYTES else None
                 content = memoryview(backend.read(path)) if content is None else content

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import answer, problem, status_of
+from api.errors import answer, status_of, unexpected
 
 if TYPE_CHECKING:
     from api.service import Service
@@ -38,6 +38,7 @@ class Observe:
             return
         begun, status, nbytes = time.perf_counter(), 0, 0
         request_id = _request_id(scope)
+        scope["request_id"] = request_id.decode()
 
         async def observed(message: Message) -> None:
             nonlocal status, nbytes
@@ -61,8 +62,7 @@ class Observe:
             log.debug("request %s", request_id.decode(), exc_info=True)
             if status:
                 return  # too late for another answer: the server closes the connection, and the client notices
-            detail = f"unexpected {type(error).__name__}; the log has it under request id {request_id.decode()}"
-            await problem(500, detail)(scope, receive, observed)
+            await unexpected(error, request_id.decode())(scope, receive, observed)
         finally:
             seconds = time.perf_counter() - begun
             metrics.in_progress.dec()

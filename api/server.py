@@ -16,11 +16,12 @@ from pydantic import ValidationError
 from api.app import create_app
 from api.protocol import Protocol
 from api.settings import Settings
-from statsvc.errors import PlanError, StatsvcError
+from statsvc.errors import NotAStore, PlanError, StatsvcError
 from statsvc.store import open_store
 
 STALL_MILLISECONDS = 120_000  # a client that takes no byte for so long is gone
 OPEN_FILES = 65_536  # one for each connection; many systems begin with 1024
+BACKLOG = 2048  # connections that came and were not looked at yet
 KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of common proxies in front
 
 
@@ -61,12 +62,15 @@ def introduction(settings: Settings, port: int) -> list[str]:
     secret = " -H 'Authorization: Bearer '$STATSVC_TOKEN" if settings.token else ""
     try:
         name = next(iter(open_store(settings.store).teachers()), None)
-    except StatsvcError:
-        name = None
+        waiting = []
+    except NotAStore:
+        name, waiting = None, [f"there is no store at {settings.store} yet; it is served once `statsvc run` makes it"]
+    except StatsvcError as error:
+        name, waiting = None, [str(error)]
     paths = ["progress", "teachers", "readyz"]
     if name is not None:
         paths = [f"teachers/{name}/phis", f"teachers/{name}/targets?rows=0' --output 'row.npy", "zarr/zarr.json"]
-    return [f"serving on {url} until Ctrl-C; try", *(f"  curl{secret} '{url}/{path}'" for path in paths)]
+    return [*waiting, f"serving on {url} until Ctrl-C; try", *(f"  curl{secret} '{url}/{path}'" for path in paths)]
 
 
 def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -96,6 +100,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MILLISECONDS)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise PlanError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port") from error

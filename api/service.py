@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
 from api.census import Census
+from api.errors import Busy
 from api.files import Sender
 from api.live import LiveStore
 from api.metrics import Metrics
 from api.objects import Objects
-from api.reader import TargetReader
 from api.settings import Settings
+
+FEW = 4
 
 
 class Service:
@@ -24,8 +28,18 @@ class Service:
         self.objects = Objects(live)
         self.sender = Sender(settings.accel_prefix)
         self.census = Census(live)
-        self.reader = TargetReader(live)
+        self._few = threading.BoundedSemaphore(FEW)
         self.metrics = Metrics(self.census)
+
+    @contextmanager
+    def one_of_few(self) -> Iterator[None]:
+        """For answers that take long: so many at a time, so that threads are left for the others. Raises Busy."""
+        if not self._few.acquire(blocking=False):
+            raise Busy(f"{FEW} requests of this kind are being answered, as many as this service takes; try again")
+        try:
+            yield
+        finally:
+            self._few.release()
 
 
 def service_of(request: Request) -> Service:

@@ -28,6 +28,13 @@ class Settings(BaseSettings):
         None, description="internal location of an nginx in front, which then sends the bytes (X-Accel-Redirect)"
     )
 
+    @field_validator("store")
+    @classmethod
+    def _store_is_no_service(cls, store: str) -> str:
+        if store.startswith(("http://", "https://")):
+            raise ValueError("a service reads a store itself, not another service: give its path")
+        return store
+
     @field_validator("token")
     @classmethod
     def _token_can_be_sent(cls, token: SecretStr | None) -> SecretStr | None:

@@ -1,7 +1,4 @@
-"""Commits: the records that make finished work visible. Readers trust nothing else.
-
-Suffix: none; commits hold no arrays.
-"""
+"""Commits: the records that make finished work visible. Readers trust nothing else."""
 
 from __future__ import annotations
 
@@ -162,6 +159,6 @@ def attributes(backend: Backend, path: str, *required: str) -> dict[str, Any]:
             raise KeyError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError as error:
         raise DamagedObject(f"{name}: missing; run the plan again") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedObject(f"{name}: not Zarr metadata ({error}); remove it and run the plan again") from error
     return found

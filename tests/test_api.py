@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from api.server import read_settings
+from statsvc.errors import PlanError
 from statsvc.store import Store, Teacher, open_store
 from tests.conftest import ABSENT, ROWS_PER_SHARD, Finished
 from tests.service import Running, serving
@@ -347,6 +349,7 @@ class TestGrowth:
 
     def test_new_commits_appear_without_a_restart(self, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
+        monkeypatch.setattr("api.census.SHARE", 1e9)
         with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
             codes = got(client, "/teachers/dino/shards")["set"]
             chunk = f"/zarr/teachers/dino/cache/{codes}/patches/codes/c/3/0/0"
@@ -365,27 +368,122 @@ class TestGrowth:
 
     def test_a_repaired_store_is_served_as_it_is(self, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
+        monkeypatch.setattr("api.census.SHARE", 1e9)
         with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
             cache_set = got(client, "/teachers/dino/shards")["set"]
             chunk = f"teachers/dino/cache/{cache_set}/patches/codes/c/1/0/0"
             whole = client.get(f"/zarr/{chunk}").content
+            targets = client.get("/teachers/dino/targets?rows=7").content
             (finished.path / chunk).write_bytes(whole[:-1])
+            problem(client, "/teachers/dino/targets?rows=7", 409)
             assert "verify --repair" in problem(client, f"/zarr/{chunk}", 409)["detail"]
             (finished.path / chunk).unlink()
             problem(client, f"/zarr/{chunk}", 409)
             (finished.path / f".statsvc/commits/cache/dino/{cache_set}/000001.json").unlink()
             problem(client, f"/zarr/{chunk}", 404)
+            problem(client, "/teachers/dino/targets?rows=7", 404)
             assert got(client, "/teachers/dino")["cache_sets"][0]["dataset_shards"] == 2
             assert finished.run() == 0
             assert client.get(f"/zarr/{chunk}").content == whole
+            assert client.get("/teachers/dino/targets?rows=7").content == targets
             assert got(client, "/teachers/dino")["cache_sets"][0]["dataset_shards"] == 3
 
     def test_what_was_counted_is_not_read_again(self, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
+        monkeypatch.setattr("api.census.SHARE", 1e9)
         got(client, "/progress")
         monkeypatch.setattr("statsvc.ledger.Commit.from_bytes", None)  # whoever calls it fails
         assert got(client, "/progress")["samples"] == 19
         assert got(client, "/teachers")
+
+
+class TestDamage:
+    """One damaged record costs what depends on it, and nothing else."""
+
+    def test_a_damaged_commit_is_told_of_and_the_other_dataset_shards_are_served(self, finished: Finished) -> None:
+        cache_set = next((finished.path / ".statsvc/commits/cache/dino").iterdir()).name
+        (finished.path / f".statsvc/commits/cache/dino/{cache_set}/000001.json").write_bytes(b"{}")
+        (finished.path / ".statsvc/commits/index/000002.json").write_bytes(b"{}")
+        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+            # What was never sound was not counted; what was sound a moment ago is met by the routes.
+            assert [entry["shard"] for entry in got(client, "/teachers/dino/shards")["shards"]] == [0, 2]
+            assert got(client, "/teachers/dino")["cache_sets"][0]["damaged_commits"] == 1
+            (finished.path / f".statsvc/commits/cache/dino/{cache_set}/000002.json").write_bytes(b"{}")
+            found = got(client, "/teachers/dino/shards")
+            assert ([entry["shard"] for entry in found["shards"]], found["damaged"]) == ([0], [2])
+            assert got(client, "/teachers/dino/report")["damaged"] == [2]
+            assert got(client, "/samples/a1")["rows"][0]["row"] == 1
+            problem(client, "/teachers/dino/targets?rows=7", 409)
+            assert client.get("/teachers/dino/targets?rows=0").status_code == 200
+
+    def test_a_transform_without_its_report_is_damage_and_not_kept_by_caches(self, finished: Finished) -> None:
+        for report in (finished.path / ".statsvc/reports").iterdir():
+            report.unlink()
+        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+            digest = finished.store.teacher("dino").transform("phi-s").digest
+            problem(client, f"/transforms/{digest}", 409)
+            assert client.get(f"/transforms/{digest}").headers["cache-control"] == "no-store"
+            assert client.get(f"/transforms/{digest}?format=npz").status_code == 200
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("preprocessing", 5), ("fingerprint", 5), ("outputs", {"patches": {"tokens": True, "dim": 32}}),
+         ("outputs", {"patches": {"tokens": 16, "dim": 32, "grid": [None]}}),
+         ("outputs", {"patches": {"tokens": 10**30, "dim": 32}})],
+    )  # fmt: skip
+    def test_odd_metadata_of_a_teacher_is_damage(self, finished: Finished, key: str, value: Any) -> None:
+        path = finished.path / "teachers/dino/zarr.json"
+        document = json.loads(path.read_text())
+        document["attributes"][key] = value
+        path.write_text(json.dumps(document))
+        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+            for route in ("/teachers/dino", "/teachers/dino/phis", "/teachers/dino/targets?rows=0"):
+                problem(client, route, 409)
+            assert client.get("/teachers/siglip/phis").status_code == 200
+
+    @pytest.mark.parametrize("views", [None, [], {}, {"per_image": None}, {"per_image": 0}])
+    def test_odd_views_of_a_store_are_damage(self, finished: Finished, views: Any) -> None:
+        path = finished.path / "zarr.json"
+        document = json.loads(path.read_text())
+        document["attributes"]["views"] = views
+        path.write_text(json.dumps(document))
+        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+            problem(client, "/samples/a0", 409)
+
+    def test_records_of_the_run_that_nobody_wrote_are_left_aside(self, finished: Finished) -> None:
+        for nonsense in ("[" * 100_000, '{"heartbeat": 1e400}', '{"plan": {"teachers": [1]}, "locations": {}}'):
+            (finished.path / ".statsvc/run.json").write_text(nonsense)
+            (finished.path / ".statsvc/lease.json").write_text(nonsense)
+            with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+                assert got(client, "/progress")["samples"] == 19
+
+    def test_a_folder_without_a_commit_is_no_cache_set(self, finished: Finished) -> None:
+        (finished.path / "teachers/dino/cache/phi-s-000000000000-int8").mkdir()
+        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+            assert got(client, "/teachers/dino/shards")["shards"]
+            assert client.get("/teachers/dino/targets?rows=0").status_code == 200
+
+
+def test_computed_answers_have_a_limit_and_say_so(service_once: Running) -> None:
+    with serving(service_once.store_path, max_answer_bytes=1000) as small, httpx.Client(base_url=small.url) as client:
+        for path in ("phis?format=npz", "transforms/global?format=safetensors", "moments?format=npz"):
+            assert "1000" in problem(client, f"/teachers/dino/{path}", 413)["detail"]
+
+
+def test_a_service_does_not_serve_another_service() -> None:
+    with pytest.raises(PlanError, match=r"store: .*give its path"):
+        read_settings(store="http://localhost:1")
+
+
+def test_head_is_the_head_of_get(client: httpx.Client) -> None:
+    for path in ("/teachers", "/teachers/dino/phis", "/teachers/dino/targets?rows=0", "/healthz", "/", "/nothing"):
+        get, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        ours = {"date", "x-request-id"}
+        assert {k: v for k, v in head.headers.items() if k not in ours} == {
+            k: v for k, v in get.headers.items() if k not in ours
+        }
+    assert 'route="/teachers/{name}/phis"' in client.get("/metrics").text
 
 
 class TestProgress:
@@ -410,6 +508,7 @@ class TestProgress:
 
     def test_the_rate_is_that_of_the_rows_that_came(self, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
+        monkeypatch.setattr("api.census.SHARE", 1e9)
         with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
             assert got(client, "/progress")["rows_per_second"] == 0
             write_tar(finished.folder / "d.tar", photographs("d0", "d1", "d2"))

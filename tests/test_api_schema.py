@@ -116,6 +116,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that looks more often."""
     monkeypatch.setattr(progress, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("api.census.SHARE", 1e9)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -226,7 +226,7 @@ def test_more_requests_than_the_service_takes_are_told_to_come_back(store: Path)
                 transfer = stack.enter_context(raw_socket(running, receive_buffer=4096))
                 transfer.sendall(GET_BIG)
                 assert transfer.recv(100)
-            for target in ("/teachers", f"/zarr/{BIG}", "/metrics", "/nothing"):
+            for target in ("/teachers", f"/zarr/{BIG}", "/readyz", "/nothing"):
                 answer = get(running, target)
                 assert (answer.status, answer.headers["retry-after"]) == (503, "2")
                 assert answer.detail.startswith("2 requests are being answered")

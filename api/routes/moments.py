@@ -13,7 +13,7 @@ from api.errors import NotFitted
 from api.models import MomentsCard
 from api.negotiate import MEDIA_TYPES, VARY, choose, is_known, not_modified, npz
 from api.openapi import BINARY, problems
-from api.routes.transforms import CURRENT, DTypeQuery, Output, planned_teacher
+from api.routes.transforms import CURRENT, DTypeQuery, Output, planned_teacher, refuse_if_large
 from api.service import ServiceDep, TeacherName
 from statsvc.moments import Moments
 from statsvc.store import Teacher
@@ -55,6 +55,8 @@ def read_moments(
     if is_known(request, etag):
         return not_modified(etag, headers)
     headers["ETag"] = etag
+    if chosen == "npz":
+        refuse_if_large(service, teacher.output(output).dim ** 2 * np.dtype(dtype).itemsize)
     moments = merged(teacher, output, digest)
     if chosen == "npz":
         arrays = {"count": np.array(moments.count), "mean": moments.mean.astype(dtype),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
+from api.errors import answer
 from api.models import Progress
-from api.service import ServiceDep
+from api.service import Service, ServiceDep
+from statsvc.errors import StatsvcError
 
 router = APIRouter(tags=["progress"])
 
@@ -26,12 +30,21 @@ def read_progress(service: ServiceDep) -> Progress:
 
 @router.get("/events", response_class=EventSourceResponse)
 async def stream_progress(service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
-    """The same as server-sent events named `progress`, whenever it changes."""
+    """The same as server-sent events named `progress`, whenever it changes; `problem` where it cannot be told."""
     before, waited = None, 0.0
     while not service.stopping():
-        now = await run_in_threadpool(service.census.progress)
+        name, now = await run_in_threadpool(look, service)
         if now != before or waited >= REPEAT_SECONDS:
-            yield ServerSentEvent(event="progress", data=now, retry=3000)
+            yield ServerSentEvent(event=name, data=now, retry=3000)
             before, waited = now, 0.0
         await asyncio.sleep(LOOK_SECONDS)
         waited += LOOK_SECONDS
+
+
+def look(service: Service) -> tuple[str, dict[str, Any]]:
+    """Name and data of the next event."""
+    try:
+        return "progress", service.census.progress()
+    except (StatsvcError, OSError) as error:
+        found: dict[str, Any] = json.loads(bytes(answer(error).body))
+        return "problem", found

@@ -11,7 +11,7 @@ from api.models import Report
 from api.openapi import problems
 from api.service import ServiceDep, TeacherName
 from statsvc.drift import shard_drift
-from statsvc.errors import NotFound
+from statsvc.errors import DamagedObject, NotFound
 from statsvc.store import Teacher
 
 router = APIRouter(tags=["statistics"])
@@ -29,7 +29,15 @@ def read_report(
     ] = 1000,
 ) -> Report:
     """The report of every fit, and for each cache set and output how far each dataset shard is from the pilot."""
-    teacher = service.live.teacher(name)
+    teacher, damaged = service.live.teacher(name), set[int]()
+    with service.one_of_few():
+        found = {
+            set_: {
+                output: drift(teacher, output, set_, service.census.shards(name, set_, start)[:limit], damaged)
+                for output in teacher.outputs
+            }
+            for set_ in service.census.sets(name)
+        }
     return Report(
         teacher=name,
         fits={
@@ -39,18 +47,13 @@ def read_report(
             }
             for output, methods in service.live.fits(teacher).items()
         },
-        drift={
-            set_: {
-                output: drift(teacher, output, set_, service.census.shards(name, set_, start)[:limit])
-                for output in teacher.outputs
-            }
-            for set_ in teacher.cache_sets()
-        },
+        drift=found,
+        damaged=sorted(damaged),
     )
 
 
-def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int]) -> list[dict[str, Any]]:
-    """One entry for each dataset shard with targets."""
+def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int], damaged: set[int]) -> list[dict[str, Any]]:
+    """One entry for each dataset shard with targets; those that cannot be read are added to `damaged`."""
     if not numbers:
         return []
     try:
@@ -59,8 +62,13 @@ def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int]) -> 
         return []
     found = []
     for number in numbers:
-        commit = teacher.store.ledger.read("cache", number, teacher.name, cache_set)
-        if commit is not None and (of_shard := shard_drift(targets, commit)):
+        try:
+            commit = teacher.store.ledger.read("cache", number, teacher.name, cache_set)
+            of_shard = shard_drift(targets, commit) if commit else None
+        except DamagedObject:
+            damaged.add(number)
+            continue
+        if of_shard:
             found.append({name: value if not isinstance(value, float) or math.isfinite(value) else None
                           for name, value in of_shard._asdict().items()})  # fmt: skip
     return found

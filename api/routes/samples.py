@@ -12,9 +12,8 @@ from api.models import Row, Sample
 from api.openapi import problems
 from api.service import ServiceDep
 from statsvc.arrays import read_chunk
-from statsvc.errors import NotFound
+from statsvc.errors import DamagedObject, NotFound
 from statsvc.layout import STATUS_NAMES, key_hash, sample_arrays, teacher_status
-from statsvc.ledger import attributes
 from statsvc.store import Store
 
 router = APIRouter(tags=["samples"])
@@ -31,12 +30,16 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     store = service.live.current()
     raw_key = unquote_to_bytes(request.scope["raw_path"]).partition(b"/samples/")[2]  # keys need not be UTF-8
     wanted = np.frombuffer(key_hash(raw_key.decode("utf-8", "surrogateescape")), np.uint8)
-    views = attributes(store.backend, "", "views")["views"]["per_image"]
-    rows = [
-        found_row(store, shard, int(index), views)
-        for shard in service.census.indexed()
-        for index in np.flatnonzero((store.key_hashes(shard) == wanted).all(axis=1))
-    ]
+    rows, damaged = [], 0
+    with service.one_of_few():
+        for shard in service.census.indexed():
+            try:
+                matching = np.flatnonzero((store.key_hashes(shard) == wanted).all(axis=1))
+                rows += [found_row(store, shard, int(index), store.views_per_image) for index in matching]
+            except DamagedObject:
+                damaged += 1
+    if not rows and damaged:
+        raise DamagedObject(f"no sample {key!r} in what can be read; {damaged} dataset shards cannot: `statsvc verify`")
     if not rows:
         raise NotFound(f"no sample {key!r} in this store: keys are those of the tars, without the extension")
     return Sample(key=key, rows=rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import Response
@@ -11,10 +11,10 @@ from api.byteroute import ObjectResponse
 from api.errors import BadRequest
 from api.models import ShardEntry, Shards
 from api.openapi import OBJECT, RANGE_HEADERS, problems
-from api.service import ServiceDep, TeacherName
+from api.service import Service, ServiceDep, TeacherName
 from statsvc.codec import codec
-from statsvc.errors import NotFound
-from statsvc.layout import cache_arrays
+from statsvc.errors import DamagedObject, NotFound
+from statsvc.layout import ArraySpec, cache_arrays
 from statsvc.store import Teacher
 
 router = APIRouter(tags=["feature shards"])
@@ -47,18 +47,22 @@ def list_shards(
     array: ArrayQuery = None,
     set_: SetQuery = None,
     start: Annotated[int, Query(ge=0, le=999_999_999, description="first dataset shard to list", examples=[0])] = 0,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="entries of one answer", examples=[100])] = 10_000,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="entries of one answer", examples=[100])] = 1000,
 ) -> Shards:
     """Committed feature shards of one array, in order."""
     teacher = service.live.teacher(name)
-    chosen = choose_set(teacher, set_)
+    chosen = choose_set(service, teacher, set_)
     array = choose_array(teacher, chosen, array)
     output = array.partition("/")[0]
     ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
     numbers = service.census.shards(name, chosen, start)
-    entries, digest = [], ""
+    entries, damaged, digest = [], [], ""
     for number in numbers[:limit]:
-        commit = ledger.read("cache", number, name, chosen)
+        try:
+            commit = ledger.read("cache", number, name, chosen)
+        except DamagedObject:
+            damaged.append(number)
+            continue
         if commit is None:
             continue  # removed a moment ago
         digest = (commit.transform or {}).get(output, "")
@@ -71,7 +75,9 @@ def list_shards(
     following = None
     if len(numbers) > limit:
         following = f"/teachers/{name}/shards?array={array}&set={chosen}&start={numbers[limit]}&limit={limit}"
-    return Shards(teacher=name, set=chosen, array=array, transform=digest, shards=entries, next=following)
+    return Shards(
+        teacher=name, set=chosen, array=array, transform=digest, shards=entries, damaged=damaged, next=following
+    )
 
 
 @router.head("/teachers/{name}/shards/{shard}", include_in_schema=False, response_model=None)
@@ -86,15 +92,15 @@ def read_shard(
 ) -> Response:
     """The bytes of one feature shard as they lie on disk, with ranges, conditions and HEAD."""
     teacher = service.live.teacher(name)
-    chosen = choose_set(teacher, set_)
+    chosen = choose_set(service, teacher, set_)
     spec = specs(teacher, chosen, choose_array(teacher, chosen, array))
     readable = service.objects.kept(spec.object(shard)) or service.objects.open(spec.object(shard))
     return ObjectResponse(readable, service)
 
 
-def choose_set(teacher: Teacher, asked: str | None) -> str:
-    """The cache set that was asked for, or the only one."""
-    there = teacher.cache_sets()
+def choose_set(service: Service, teacher: Teacher, asked: str | None) -> str:
+    """The cache set that was asked for, or the only one; those without a commit are none yet."""
+    there = service.census.sets(teacher.name)
     if asked is None and len(there) == 1:
         return there[0]
     if asked is None and there:
@@ -115,7 +121,7 @@ def choose_array(teacher: Teacher, cache_set: str, asked: str | None) -> str:
     return asked
 
 
-def specs(teacher: Teacher, cache_set: str, array: str) -> Any:
+def specs(teacher: Teacher, cache_set: str, array: str) -> ArraySpec:
     """The array's description. Raises NotFound naming those there are."""
     output, _, wanted = array.partition("/")
     shape = teacher.output(output)

@@ -62,9 +62,10 @@ def read_targets(
     if len(numbers) > service.settings.max_rows or nbytes > service.settings.max_answer_bytes:
         fits = min(service.settings.max_rows, service.settings.max_answer_bytes // (shape.tokens * shape.dim * 4))
         raise TooMuch(f"{len(numbers)} rows; one answer holds {fits}: ask for fewer at a time, or read /zarr")
-    chosen = choose_set(teacher, set_)
-    targets = service.reader.targets(teacher, output, chosen)
-    y_NTk = service.reader.read(teacher, output, chosen, numbers, space)
+    chosen = choose_set(service, teacher, set_)
+    # Opened anew for every request, which costs little: what was repaired or removed since is read as it is.
+    targets = teacher.targets(output, chosen)
+    y_NTk = targets.read(numbers, space)
     headers = {"Statsvc-Transform": targets.transform_digest, "Statsvc-Set": chosen, "Cache-Control": "no-cache"}
     return Response(npy(y_NTk.astype("<f4", copy=False)), headers=headers, media_type=MEDIA_TYPE)
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from api.errors import NotFitted
+from api.errors import NotFitted, TooMuch
 from api.models import DIGEST, TransformCard
 from api.negotiate import MEDIA_TYPES, VARY, DType, Format, choose, is_known, not_modified, npz
 from api.openapi import problems
 from api.service import Service, ServiceDep, TeacherName
-from statsvc.errors import DamagedObject, NotFound
+from statsvc.errors import NotFound
 from statsvc.layout import transform_path
-from statsvc.store import Teacher
-from statsvc.transform import Transform
+from statsvc.store import Store, Teacher
+from statsvc.transform import TENSORS, Transform
 
 router = APIRouter(tags=["transforms"])
 
@@ -83,7 +84,7 @@ def read_by_digest(
     """A transform by its digest, whether or not it is a current fit: it never changes."""
     if service.live.current().backend.size(transform_path(digest)) is None:
         raise NotFound(f"no transform {digest}; /teachers lists the current ones")
-    return represent(request, service, None, digest, format_, dtype, IMMUTABLE)
+    return represent(request, service, digest, format_, dtype, IMMUTABLE)
 
 
 def current(
@@ -103,7 +104,7 @@ def current(
         raise NotFound(f"teacher {name} has no fitted {method!r} for {output}; there are {', '.join(fits[output])}")
     if isinstance(found, dict):
         raise NotFound(f"{method} was refused for {name} {output}: {found['refused']}")
-    return represent(request, service, teacher, found, asked, dtype, CURRENT)
+    return represent(request, service, found, asked, dtype, CURRENT)
 
 
 def planned_teacher(service: Service, name: str) -> Teacher:
@@ -120,7 +121,6 @@ def planned_teacher(service: Service, name: str) -> Teacher:
 def represent(
     request: Request,
     service: Service,
-    teacher: Teacher | None,
     digest: str,
     asked: str | None,
     dtype: str,
@@ -135,42 +135,47 @@ def represent(
     headers["ETag"] = etag
     store = service.live.current()
     if chosen != "json":
-        content = binary(store.transform(digest), chosen, dtype)
-        extension = {"safetensors": "safetensors", "npz": "npz"}[chosen]
-        headers["Content-Disposition"] = f'attachment; filename="{digest[:12]}.{extension}"'
+        transform = store.transform(digest)
+        refuse_if_large(service, sum(getattr(transform, name).size for name in TENSORS) * np.dtype(dtype).itemsize)
+        content = binary(transform, chosen, dtype)
+        headers["Content-Disposition"] = f'attachment; filename="{digest[:12]}.{chosen}"'
         return Response(content, headers=headers, media_type=MEDIA_TYPES[chosen])
-    try:
-        report: dict[str, Any] = store.report(digest)
-    except DamagedObject:
-        report = {}
-    card = describe(store.transform(digest), teacher, report, dtype)
-    return JSONResponse(card.model_dump(), headers=headers)
+    return JSONResponse(described(store, digest, dtype), headers=headers)
 
 
-def describe(transform: Transform, teacher: Teacher | None, report: dict[str, Any], dtype: str) -> TransformCard:
-    """A transform without its matrix."""
-    links = {"immutable": f"/transforms/{transform.digest}",
+@lru_cache(maxsize=256)
+def described(store: Store, digest: str, dtype: str) -> dict[str, Any]:
+    """A transform without its matrix; kept, as it never changes and its artifact may be large."""
+    transform, report = store.transform(digest), store.report(digest)
+    links = {"teacher": f"/teachers/{report['teacher']}",
+             "immutable": f"/transforms/{transform.digest}",
              "safetensors": f"/transforms/{transform.digest}?format=safetensors",
              "npz": f"/transforms/{transform.digest}?format=npz"}  # fmt: skip
-    if teacher is not None:
-        links["teacher"] = f"/teachers/{teacher.name}"
-    return TransformCard(
-        teacher=teacher.name if teacher else report.get("teacher"),
+    card = TransformCard(
+        teacher=report["teacher"],
         output=transform.output,
         method=transform.method,
         digest=transform.digest,
         alpha=transform.alpha,
         count=transform.count,
-        images=report.get("images"),
+        images=report["images"],
         dim=len(transform.mean),
         rank=transform.rank,
         mean=transform.mean.astype(dtype).tolist(),
         rotation=transform.rotation,
         hadamard=transform.hadamard,
         fingerprint=transform.fingerprint,
-        converged=report.get("converged"),
+        converged=report["converged"],
         links=links,
     )
+    return card.model_dump()
+
+
+def refuse_if_large(service: Service, nbytes: int) -> None:
+    """Raises TooMuch."""
+    most = service.settings.max_answer_bytes
+    if nbytes > most:
+        raise TooMuch(f"{nbytes} bytes; an answer that is computed holds {most} (STATSVC_MAX_ANSWER_BYTES)")
 
 
 def binary(transform: Transform, chosen: str, dtype: str) -> bytes:
@@ -178,4 +183,4 @@ def binary(transform: Transform, chosen: str, dtype: str) -> bytes:
     if chosen == "safetensors":
         return transform.to_bytes(dtype)
     texts = {name: np.array(value) for name, value in transform.metadata().items()}
-    return npz({name: getattr(transform, name).astype(dtype) for name in ("mean", "matrix", "inverse")} | texts)
+    return npz({name: getattr(transform, name).astype(dtype) for name in TENSORS} | texts)
