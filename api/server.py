@@ -115,3 +115,6 @@ def _log_to_standard_error() -> None:
     access.handlers, access.propagate = [handler], False
     access.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.INFO)
+    # What no format here shows is not looked up for every line: the calling function, thread and process.
+    logging._srcfile = None  # as the logging HOWTO has it, under "Optimization"
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
