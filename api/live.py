@@ -19,8 +19,8 @@ from statsvc.ledger import Commit, Ledger, attributes
 from statsvc.store import Store, Teacher
 
 KEPT_COMMITS = 4096
-MOST = 10**9  # of anything that metadata counts
 KEPT_TEACHERS = 256
+MOST = 10**9  # of anything that metadata counts
 
 
 class LiveLedger(Ledger):
@@ -86,7 +86,8 @@ class _CheckedStore(Store):
             for shape in teacher.outputs.values():
                 for number in (shape.tokens, shape.dim, *(shape.grid or (1, 1))):
                     _number(number)
-            dict.items(teacher.preprocessing), str.encode(teacher.fingerprint)
+            if not isinstance(teacher.preprocessing, dict) or not isinstance(teacher.fingerprint, str):
+                raise TypeError("preprocessing is an object and the fingerprint a text")
             return teacher
 
 

@@ -65,20 +65,20 @@ class Teachers(Document):
 class TransformCard(Document):
     """A fitted transform: y = (x - mean) @ matrix.T. The matrix comes with format=safetensors or npz."""
 
-    teacher: str | None = Field(examples=["dino"])
+    teacher: str = Field(examples=["dino"])
     output: str = Field(examples=["patches"])
     method: str = Field(examples=["phi-s"])
     digest: str = Field(description="its identity; targets of two digests are never mixed", examples=[DIGEST])
     alpha: float | None = Field(description="the one gain of the isotropic methods", examples=[0.7412])
     count: int = Field(description="feature vectors it was fitted on")
-    images: int | None = Field(description="images those came from")
+    images: int = Field(description="images those came from")
     dim: int = Field(description="channels of a feature", examples=[768])
     rank: int = Field(description="channels of a target", examples=[768])
     mean: list[float] = Field(description="[dim], in the teacher's units")
     rotation: str = Field(examples=["hadamard"])
     hadamard: str = Field(description="construction of the Hadamard matrix", examples=["sylvester(2) x paley1(384)"])
     fingerprint: str = Field(examples=[DIGEST])
-    converged: bool | None = Field(description="whether the pilot was large enough; null: not asked for")
+    converged: bool = Field(description="whether the pilot is known to be large enough")
     links: dict[str, str] = Field(examples=[{"immutable": f"/transforms/{DIGEST}"}])
 
 

@@ -41,6 +41,11 @@ SCRATCH_NBYTES = 256 << 10
 WARM_SECONDS = 60.0
 
 
+def is_zarr(path: str) -> bool:
+    """Whether it belongs to the arrays: the ledger beside them is for statsvc's own readers."""
+    return not path.startswith(".")
+
+
 class Readable:
     """An object that may be read: its bytes, mapped or held, and what identifies them.
 
@@ -99,7 +104,13 @@ class Objects:
             return found.readable
 
     def open(self, path: str) -> Readable:
-        """Raises NotFound where nothing may be read, DamagedObject where a commit vouches for other bytes."""
+        """An object, kept or opened now.
+
+        Raises NotFound where nothing may be read, DamagedObject where a commit vouches for other bytes.
+        """
+        kept = self.kept(path)
+        if kept is not None:
+            return kept
         backend = self._live.backend
         is_document, found = METADATA.fullmatch(path) or RECORD.fullmatch(path), CHUNK.fullmatch(path)
         if not is_document and not found:

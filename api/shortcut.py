@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.objects import is_zarr
 from api.service import Service
 
 # By the prefix of the request's path: the route that would have answered, which is what metrics count.
@@ -22,11 +23,10 @@ class Shortcut:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+        if scope["method"] in ("GET", "HEAD"):
             for prefix, route in ROUTES.items():
                 path = scope["path"].removeprefix(prefix)
-                # The ledger is not in /zarr, whoever opened it before.
-                if path is not scope["path"] and not (prefix == "/zarr/" and path.startswith(".")):
+                if path is not scope["path"] and (prefix != "/zarr/" or is_zarr(path)):
                     readable = self._service.objects.kept(path)
                     if readable is not None:
                         scope["route"] = route

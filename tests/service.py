@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 
 from api.app import create_app
@@ -49,3 +51,9 @@ def serving(store_path: Path, **settings: Any) -> Iterator[Running]:
             server.should_exit = True
             thread.join(timeout=40)
             assert not thread.is_alive(), "the server did not end"
+
+
+def always_counting(patch: pytest.MonkeyPatch) -> None:
+    """Let every answer count what there is now, where else it may be a second old."""
+    patch.setattr("api.census.REFRESH_SECONDS", 0.0)
+    patch.setattr("api.census.SHARE", math.inf)

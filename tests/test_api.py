@@ -19,7 +19,7 @@ from api.server import read_settings
 from statsvc.errors import PlanError
 from statsvc.store import Store, Teacher, open_store
 from tests.conftest import ABSENT, ROWS_PER_SHARD, Finished
-from tests.service import Running, serving
+from tests.service import Running, always_counting, serving
 from tests.tiny import photographs, write_tar
 
 METHODS = ["phi-s", "global", "standardize"]
@@ -348,8 +348,7 @@ class TestGrowth:
             assert "progress" not in problem(client, "/teachers/sam/phis", 404)
 
     def test_new_commits_appear_without_a_restart(self, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
-        monkeypatch.setattr("api.census.SHARE", 1e9)
+        always_counting(monkeypatch)
         with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
             codes = got(client, "/teachers/dino/shards")["set"]
             chunk = f"/zarr/teachers/dino/cache/{codes}/patches/codes/c/3/0/0"
@@ -367,8 +366,7 @@ class TestGrowth:
             assert grown.headers["etag"] != before.headers["etag"]
 
     def test_a_repaired_store_is_served_as_it_is(self, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
-        monkeypatch.setattr("api.census.SHARE", 1e9)
+        always_counting(monkeypatch)
         with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
             cache_set = got(client, "/teachers/dino/shards")["set"]
             chunk = f"teachers/dino/cache/{cache_set}/patches/codes/c/1/0/0"
@@ -389,8 +387,7 @@ class TestGrowth:
             assert got(client, "/teachers/dino")["cache_sets"][0]["dataset_shards"] == 3
 
     def test_what_was_counted_is_not_read_again(self, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
-        monkeypatch.setattr("api.census.SHARE", 1e9)
+        always_counting(monkeypatch)
         got(client, "/progress")
         monkeypatch.setattr("statsvc.ledger.Commit.from_bytes", None)  # whoever calls it fails
         assert got(client, "/progress")["samples"] == 19
@@ -507,8 +504,7 @@ class TestProgress:
             assert got(client, "/progress")["state"] == "stopped"
 
     def test_the_rate_is_that_of_the_rows_that_came(self, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
-        monkeypatch.setattr("api.census.SHARE", 1e9)
+        always_counting(monkeypatch)
         with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
             assert got(client, "/progress")["rows_per_second"] == 0
             write_tar(finished.folder / "d.tar", photographs("d0", "d1", "d2"))

@@ -21,7 +21,7 @@ import pytest
 
 from api.routes import progress
 from tests.conftest import Finished
-from tests.service import Running, serving
+from tests.service import Running, always_counting, serving
 from tests.transfers import connected
 
 EXAMPLES = int(os.environ.get("STATSVC_SCHEMA_EXAMPLES", "15"))
@@ -115,8 +115,7 @@ def events(running: Running) -> Iterator[Callable[[], dict[str, Any] | None]]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that looks more often."""
     monkeypatch.setattr(progress, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr("api.census.REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr("api.census.SHARE", 1e9)
+    always_counting(monkeypatch)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 from api import protocol
 from tests.conftest import Finished
 from tests.service import Running, serving
-from tests.transfers import BIG, Answer, Headers, connected, raw_socket, until_closed, write_big_shard
+from tests.transfers import BIG, Answer, Headers, connected, raw_socket, until_closed, with_big_shard
 
 TOKEN = "open-sesame-5up3r"
 RIGHT = ("Authorization", f"Bearer {TOKEN}")
@@ -28,10 +27,7 @@ WAIT_SECONDS = 30.0
 @pytest.fixture(scope="module")
 def store(finished_once: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished store and a feature shard of 35 MB, which no socket takes at once."""
-    store = tmp_path_factory.mktemp("guard") / "store"
-    shutil.copytree(finished_once.path, store)
-    write_big_shard(store)
-    return store
+    return with_big_shard(finished_once.path, tmp_path_factory.mktemp("guard") / "store")
 
 
 @pytest.fixture(scope="module")

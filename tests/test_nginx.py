@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 
 import statsvc
 from tests.conftest import Finished
+from tests.ports import free_port, wait_until_listening
 from tests.service import Running, serving
 
 pytestmark = pytest.mark.skipif(
@@ -38,8 +37,7 @@ def behind(finished: Finished) -> Iterator[Running]:
 def front(behind: Running, tmp_path: Path) -> Iterator[tuple[str, ssl.SSLContext]]:
     """The README's server block with this test's ports and files: its address, and whom to trust."""
     (block,) = re.findall(r"^(server \{.*?^\})$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     certificate, key = tmp_path / "statsvc.pem", tmp_path / "statsvc.key"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
@@ -65,13 +63,7 @@ def front(behind: Running, tmp_path: Path) -> Iterator[tuple[str, ssl.SSLContext
     )
     process = subprocess.Popen(["nginx", "-c", f"{tmp_path}/nginx.conf", "-p", str(tmp_path)], stderr=subprocess.PIPE)
     try:
-        for _ in range(100):
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                assert process.poll() is None, process.communicate()[1]
-                time.sleep(0.05)
+        wait_until_listening(port, process)
         yield f"https://localhost:{port}", ssl.create_default_context(cafile=str(certificate))
     finally:
         process.terminate()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
 
 from statsvc.plan import read_plan
+from tests.ports import free_port
 from workers.demo import write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -109,9 +109,3 @@ def serving(line: str, folder: Path, user: dict[str, str], port: str) -> Iterato
         log.unlink()
     assert "Traceback" not in text
     assert "Finished server process" in text
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

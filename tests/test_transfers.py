@@ -24,8 +24,9 @@ from api.files import MAX_SLICE_NBYTES
 from api.objects import REGION_NBYTES
 from api.service import Service
 from tests.conftest import Finished
+from tests.ports import free_port
 from tests.service import Running, serving
-from tests.transfers import BIG, BIG_ROUTE, Client, connected, raw_socket, until_closed, write_big_shard
+from tests.transfers import BIG, BIG_ROUTE, Client, connected, raw_socket, until_closed, with_big_shard
 
 RESET = struct.pack("ii", 1, 0)  # close at once, without the usual farewell
 GET_BIG = f"GET /zarr/{BIG} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -35,10 +36,7 @@ GET_BIG_AND_CLOSE = GET_BIG.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n
 @pytest.fixture(scope="module")
 def store(finished_once: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished store and a feature shard of 35 MB."""
-    store = tmp_path_factory.mktemp("transfers") / "store"
-    shutil.copytree(finished_once.path, store)
-    write_big_shard(store)
-    return store
+    return with_big_shard(finished_once.path, tmp_path_factory.mktemp("transfers") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +232,7 @@ def test_objects_that_are_no_longer_asked_for_are_closed(
 def test_a_shard_that_is_cut_while_it_is_sent_ends_that_transfer_alone(store: Path, tmp_path: Path, big: bytes) -> None:
     # In a process of its own: a page that is gone may end the process that touches it.
     shutil.copytree(store, tmp_path / "store")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).parent / "statsvc"), "serve", "--store", str(tmp_path / "store")]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path
+from fastapi.responses import Response
 
-from api.byteroute import ByteRoute
 from api.models import Names
 from api.openapi import OBJECT, RANGE_HEADERS, problems
+from api.response import object_response
 from api.service import ServiceDep
 
 router = APIRouter(tags=["arrays"])
-byte_router = APIRouter(tags=["arrays"], route_class=ByteRoute)
 
 StorePath = Annotated[str, Path(description="store-relative path", examples=[".statsvc/commits/index/000000.json"])]
 Folder = Annotated[str, Path(description="store-relative path of a folder", examples=[".statsvc/commits/index"])]
@@ -24,16 +24,8 @@ def list_objects(service: ServiceDep, folder: Folder) -> Names:
     return Names(names=service.objects.names(folder))
 
 
-@byte_router.head("/objects/{path:path}", include_in_schema=False)
-@byte_router.get(
-    "/objects/{path:path}",
-    response_model=None,
-    responses=OBJECT,
-    openapi_extra=RANGE_HEADERS,
-)
-def read_object(path: StorePath) -> str:
+@router.head("/objects/{path:path}", include_in_schema=False, response_model=None)
+@router.get("/objects/{path:path}", response_model=None, responses=OBJECT, openapi_extra=RANGE_HEADERS)
+async def read_object(service: ServiceDep, path: StorePath) -> Response:
     """What /zarr has, and commits, transforms and reports: what `statsvc.open("http://...")` reads."""
-    return path
-
-
-router.include_router(byte_router)
+    return await object_response(service, path)

@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import Response
 
-from api.byteroute import ObjectResponse
 from api.errors import BadRequest
 from api.models import ShardEntry, Shards
 from api.openapi import OBJECT, RANGE_HEADERS, problems
+from api.response import ObjectResponse
 from api.service import Service, ServiceDep, TeacherName
 from statsvc.codec import codec
 from statsvc.errors import DamagedObject, NotFound
@@ -94,8 +94,7 @@ def read_shard(
     teacher = service.live.teacher(name)
     chosen = choose_set(service, teacher, set_)
     spec = specs(teacher, chosen, choose_array(teacher, chosen, array))
-    readable = service.objects.kept(spec.object(shard)) or service.objects.open(spec.object(shard))
-    return ObjectResponse(readable, service)
+    return ObjectResponse(service.objects.open(spec.object(shard)), service)
 
 
 def choose_set(service: Service, teacher: Teacher, asked: str | None) -> str:

@@ -5,23 +5,25 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path
+from fastapi.responses import Response
 
-from api.byteroute import ByteRoute
-from api.objects import absent
+from api.objects import absent, is_zarr
 from api.openapi import OBJECT, RANGE_HEADERS
+from api.response import object_response
+from api.service import ServiceDep
 
-router = APIRouter(tags=["arrays"], route_class=ByteRoute)
+router = APIRouter(tags=["arrays"])
 
 ZarrPath = Annotated[str, Path(description="path below the store's root", examples=["teachers/dino/status/zarr.json"])]
 
 
-@router.head("/zarr/{path:path}", include_in_schema=False)
+@router.head("/zarr/{path:path}", include_in_schema=False, response_model=None)
 @router.get("/zarr/{path:path}", response_model=None, responses=OBJECT, openapi_extra=RANGE_HEADERS)
-def read_zarr(path: ZarrPath) -> str:
+async def read_zarr(service: ServiceDep, path: ZarrPath) -> Response:
     """Every zarr.json, and committed chunks byte for byte: open http://host:port/zarr with any Zarr v3 client.
 
     An uncommitted chunk is 404, which the Zarr specification calls absent.
     """
-    if path.startswith("."):
+    if not is_zarr(path):
         raise absent(path)
-    return path
+    return await object_response(service, path)

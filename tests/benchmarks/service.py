@@ -31,6 +31,7 @@ from statsvc.layout import FORMAT, OK, cache_arrays, sample_arrays, set_name, te
 from statsvc.ledger import Commit, Ledger, ObjectRecord
 from statsvc.shardfile import ShardWriter
 from tests.benchmarks.timing import alternate, judge
+from tests.ports import free_port, wait_until_listening
 
 SHARDS, ROWS, TOKENS, DIM = 4, 256, 256, 1024  # 67 MB a feature shard
 SET = set_name("phi-s", "0" * 64, "int8")
@@ -102,23 +103,12 @@ def write_store(folder: Path) -> str:
     return arrays["codes"].object(1)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A server that listens on a port."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+        wait_until_listening(port, process)
         yield process
     finally:
         process.terminate()

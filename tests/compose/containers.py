@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+
+from tests.ports import free_port
 
 T = TypeVar("T")
 
@@ -117,10 +118,3 @@ def wait_for(what: str, seconds: float, probe: Callable[[], T]) -> T:
             raise Failed(f"{what}: not within {seconds:.0f} s")
         time.sleep(0.2)
     return answer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
