@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from statsvc.codec import CODECS
@@ -38,7 +40,10 @@ RULES = {
     "string_too_short": "a name",
 }
 # The last part of the place of a mistake, where a value may be of several types; what cannot be such a mistake.
-UNION_MEMBERS = ("int", "float", "str", "bool", "constrained-int", "literal['all']", "literal['auto']", "[key]")
+UNION_MEMBERS = (
+    "int", "float", "str", "bool", "constrained-int", "dict[str,constrained-int]", "literal['all']", "literal['auto']",
+    "[key]",
+)  # fmt: skip
 OF_SECTIONS = ("extra_forbidden", "missing", "model_type")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -89,7 +94,10 @@ class Data(Section):
 class Views(Section):
     """Which part of each image every teacher sees."""
 
-    kind: Literal["center"] = Field("center", description="the largest centred square of the upright image")
+    kind: Literal["center", "whole"] = Field(
+        "center",
+        description="center: the largest centred square of the upright image; whole: all of it, padded to a square",
+    )
     per_image: Literal[1] = 1
     seed: int = 0
 
@@ -100,7 +108,10 @@ class Teacher(Section):
     source: str = Field(description="where the model comes from: transformers, ...")
     model: str = Field(description="hub name or local folder")
     revision: str | None = Field(None, description="commit of the hub repository")
-    size: PositiveInt | None = Field(None, description="side of the square image fed to the teacher, in pixels")
+    size: PositiveInt | None = Field(None, description="side of the square view as this teacher sees it, in pixels")
+    pad: PositiveInt | None = Field(
+        None, description="side of the canvas the view is placed on, unscaled, in pixels; only its patches are kept"
+    )
     interpolation: Annotated[str, one_of(INTERPOLATIONS)] | None = None
     mean: tuple[float, float, float] | None = Field(None, description="of the pixels, in [0, 1]")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -123,13 +134,41 @@ class Statistics(Section):
     stop: Literal["converged"] = Field("converged", description="stop when the output variances are known to 1%")
     max_images: PositiveInt = Field(100_000, description="stop here at the latest")
     images: PositiveInt | Literal["all"] | None = Field(None, description="this many instead, converged or not")
+    tokens_per_image: PositiveInt | dict[str, PositiveInt] | None = Field(
+        None,
+        description="patches of each image that are measured, drawn at random by its key; null: all. Or a mapping from "
+        "patterns of dataset shards' names, such as coco-*.tar, to such numbers; the first that matches counts",
+    )
+
+
+class Whitening(Section):
+    """How far pca, zca and hca may go; relative to the gain of phi-s, so without a unit."""
+
+    eigenvalue_floor: NonNegativeFloat = Field(
+        0.0, lt=1, description="smaller eigenvalues, as a fraction of their mean, are raised to this"
+    )
+    max_gain: float = Field(1000.0, ge=1, description="a method that multiplies any direction by more is refused")
 
 
 class Targets(Section):
     """How targets are stored."""
 
-    space: Literal["normalized"] = "normalized"
+    space: Literal["normalized", "teacher"] = Field(
+        "normalized", description="teacher: features as the teacher gives them, to be normalized when they are read"
+    )
     dtype: Annotated[str, one_of(CODECS)] = "int8"
+    rank: PositiveInt | None = Field(None, description="channels of a phi-s target; null: all that the teacher has")
+
+    @model_validator(mode="after")
+    def _raw(self) -> Self:
+        if self.space == "teacher" and not self.dtype.startswith("float"):
+            raise ValueError(
+                f"dtype {self.dtype} is for normalized targets; with space: teacher use float16, or float32 for "
+                "features beyond 65504"
+            )
+        if self.space == "teacher" and self.rank is not None:
+            raise ValueError("rank is for normalized targets, features in the teacher's space keep all their channels; remove rank")
+        return self
 
 
 class Engine(Section):
@@ -149,6 +188,7 @@ class Plan(Section):
     teachers: dict[str, Teacher] = Field(min_length=1)
     statistics: Statistics = Statistics()
     normalize: Annotated[str, one_of(METHODS)] = "phi-s"
+    whitening: Whitening = Whitening()
     targets: Targets = Targets()
     engine: Engine = Engine()
 
@@ -159,6 +199,12 @@ class Plan(Section):
             if not NAME.fullmatch(name):
                 raise ValueError(f"the name {show(name)} must be 1 to 64 of a-z, 0-9, _, -, and begin with a-z or 0-9")
         return value
+
+    @model_validator(mode="after")
+    def _rank(self) -> Self:
+        if self.targets.rank is not None and self.normalize != "phi-s":
+            raise ValueError(f"targets.rank is for normalize: phi-s, not {self.normalize}; remove it")
+        return self
 
 
 def read_plan(path: Path, store: str | None = None) -> Plan:
@@ -182,7 +228,7 @@ def _sentences(error: ValidationError) -> list[str]:
     rules: dict[str, list[str]] = {}
     misspelt: set[str] = set()
     for mistake in error.errors():
-        keys, value = [str(part) for part in mistake["loc"]], mistake["input"]
+        keys, value = [str(part) for part in mistake["loc"]] or ["plan"], mistake["input"]
         if keys[-1] in UNION_MEMBERS and mistake["type"] not in OF_SECTIONS:
             keys.pop()
         key = ".".join(keys)
@@ -211,6 +257,6 @@ def _valid_keys(section: list[str]) -> list[str]:
     """The keys of the section at that place of a plan."""
     models: dict[str, type[Section]] = {
         "": Plan, "data": Data, "views": Views, "teachers": Teacher,
-        "statistics": Statistics, "targets": Targets, "engine": Engine,
+        "statistics": Statistics, "whitening": Whitening, "targets": Targets, "engine": Engine,
     }  # fmt: skip
     return list(models[section[0] if section else ""].model_fields)

@@ -32,16 +32,19 @@ def settle(name: str, plan: Plan, resolved: Resolved, stored: dict[str, Fields])
         "source": resolved.plan.source,
         "weights": resolved.weights,
         "taps": resolved.taps,
-        **asdict(resolved.preprocessing),
+        **{key: value for key, value in asdict(resolved.preprocessing).items() if value is not None},
         "precision": precision if precision != "auto" else (before or _defaults())["precision"],
         "views": plan.views.model_dump(),
         "batch_size": shared["batch_size"] if batch_size == "auto" else batch_size,
         "threads": shared["threads"],
     }
+    # Only where it is chosen: teachers that were measured before this could be are still what they were.
+    if plan.statistics.tokens_per_image is not None:
+        fields["tokens_per_image"] = plan.statistics.tokens_per_image
     fields["mean"], fields["std"] = list(fields["mean"]), list(fields["std"])
-    differing = [key for key in fields if before and before.get(key) != fields[key]]
+    differing = [key for key in (before | fields if before else ()) if before.get(key) != fields.get(key)]
     if differing:
-        values = "; ".join(f"{key} is {before.get(key)!r} there and {fields[key]!r} here" for key in differing)
+        values = "; ".join(f"{key} is {before.get(key)!r} there and {fields.get(key)!r} here" for key in differing)
         raise FingerprintMismatch(
             f"teachers.{name}: the store {plan.store!r} holds this teacher with other settings: {values}. Use those, "
             "or another store, or add the teacher under another name"

@@ -15,12 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """From the shared view to pixels: resized straight to size x size, then (value / 255 - mean) / std."""
+    """From the shared view to pixels: resized straight to size x size, then (value / 255 - mean) / std.
+
+    pad  side of the canvas of zeros in whose top left corner the normalized pixels are then placed; None: no canvas
+    """
 
     size: int
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    pad: int | None = None
+
+    @property
+    def canvas(self) -> int:
+        """Side of the square that the model sees."""
+        return self.pad or self.size
 
 
 @dataclass(frozen=True, slots=True)
