@@ -4,25 +4,43 @@
     construction(1280)    "S(64) x P1(20)", how it is built: other choices give other, equally valid targets
     constructible(1280)   True; NoHadamardMatrix names the nearest orders where it is False
 
+FAMILIES is the table of constructions. With Kronecker products it reaches 960 of the 1,024 multiples of 4 up to 4096:
+
+    family             orders                          name         brings   files
+    Sylvester          2^k                             S(64)            11   sylvester
+    Paley              q + 1, 2 (q + 1)                P1(20)          681   paley, galois
+    Williamson         4 w                             W(92)            35   williamson, quadruples, cyclotomic
+    Goethals-Seidel    4 v                             GS(428)          42   goethals_seidel, t_rows
+    Baumert-Hall       4 t w                           BH(12,73)       146   baumert_hall, arrays
+    Miyamoto           4 q, from order q - 1           M(436)           45   miyamoto
+    Agaian             a b / 2, from orders a and b    A(20,412)         0   agaian (nine from 4120 to 8192)
+
 A new family is one new file with the three functions of `family.Family` and one line at the end of FAMILIES.
 `kronecker` multiplies the families and says which of several ways is taken; `check` proves every result.
 
-Source: Sylvester (1867); Paley (1933); arXiv:2410.01680, A.1.1.
+Source: Sylvester (1867); Paley (1933); arXiv:2410.01680, A.1.1; every file names its own.
 """
 
 from itertools import count
 
 from statsvc.errors import NoHadamardMatrix
-from statsvc.hadamard import kronecker, paley, sylvester
+from statsvc.hadamard import baumert_hall, goethals_seidel, kronecker, paley, sylvester, williamson
+from statsvc.hadamard.agaian import Agaian
 from statsvc.hadamard.check import check
 from statsvc.hadamard.family import Family, Signs
+from statsvc.hadamard.miyamoto import Miyamoto
 
 __all__ = ["FAMILIES", "constructible", "construction", "hadamard"]
 
-FAMILIES: tuple[Family, ...] = (
-    sylvester,  # 2^k; stands first: `kronecker` splits off powers of two before it looks for anything else
-    paley,  # q + 1 and 2 (q + 1) for prime powers q
+DIRECT: tuple[Family, ...] = (
+    sylvester,  # stands first: `kronecker` splits off powers of two before it looks for anything else
+    paley,
+    williamson,
+    goethals_seidel,
+    baumert_hall,
 )
+WITH_MIYAMOTO: tuple[Family, ...] = (*DIRECT, Miyamoto(DIRECT))
+FAMILIES: tuple[Family, ...] = (*WITH_MIYAMOTO, Agaian(WITH_MIYAMOTO))
 
 
 def hadamard(n: int) -> Signs:

@@ -1,4 +1,4 @@
-"""Finite fields GF(p^m), as much of them as Paley's constructions need.
+"""Finite fields GF(p^m), as much of them as the constructions need.
 
 An element is an integer 0 <= a < p^m whose digits in base p are the coefficients of a polynomial over GF(p),
 constant term first. Products are reduced by an irreducible polynomial that is found by search. Everything is
@@ -85,6 +85,10 @@ class Field:
             place = self.p**i
             difference = difference + (a // place - b // place) % self.p * place
         return difference
+
+    def add(self, a: Elements, b: Elements) -> Elements:
+        """a + b elementwise; the shapes broadcast."""
+        return self.subtract(a, self.subtract(np.zeros_like(b), b))
 
     def multiply(self, a: Elements, b: Elements) -> Elements:
         """a * b elementwise; the shapes broadcast."""

@@ -71,6 +71,14 @@ def divisors(n: int) -> list[int]:
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
+def matrix(n: int, families: Sequence[Family]) -> Signs:
+    """H_NN [n, n] int8 for an order that these families make; ValueError for others."""
+    factors = factorize(n, families)
+    if factors is None:
+        raise ValueError(f"these families do not make order {n}")
+    return build(factors)
+
+
 def build(factors: Sequence[Factor]) -> Signs:
     """H_NN [n, n] int8, the Kronecker product of the factors, left to right."""
     return reduce(np.kron, (factor.family.build(factor.order) for factor in factors))

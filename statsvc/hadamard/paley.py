@@ -43,6 +43,11 @@ def build(n: int) -> Signs:
         H_NN = bordered_jacobsthal(n - 1, border=-1)
         np.fill_diagonal(H_NN, 1)
         return H_NN
+    return build_type_two(n)
+
+
+def build_type_two(n: int) -> Signs:
+    """The type II matrix H_NN [n, n] int8, which is symmetric, whether or not order n has type I too."""
     C = bordered_jacobsthal(n // 2 - 1, border=1)
     off_diagonal = np.array([[1, 1], [1, -1]], np.int8)
     diagonal = np.array([[1, -1], [-1, -1]], np.int8)
