@@ -112,7 +112,10 @@ class Shards(Document):
     teacher: str
     set: str
     array: str = Field(examples=["patches/codes"])
-    transform: str = Field(description="digest of the transform these targets were made with", examples=[DIGEST])
+    transform: str | None = Field(
+        description="digest of the transform these targets were made with; null: features in the teacher's space",
+        examples=[DIGEST],
+    )
     shards: list[ShardEntry]
     damaged: list[int] = Field(
         description="dataset shards whose commit fails its checksum; `statsvc verify --repair` mends them",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from typing import Literal
 
-import numpy as np
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -68,10 +66,3 @@ def is_known(request: Request, etag: str) -> bool:
 def not_modified(etag: str, headers: dict[str, str]) -> Response:
     """304."""
     return Response(status_code=304, headers={"ETag": etag, **headers})
-
-
-def npz(arrays: dict[str, np.ndarray]) -> bytes:
-    """numpy's archive, the same bytes for the same arrays; loads without pickle."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()

@@ -11,10 +11,11 @@ from fastapi.responses import JSONResponse, Response
 
 from api.errors import NotFitted
 from api.models import MomentsCard
-from api.negotiate import MEDIA_TYPES, VARY, choose, is_known, not_modified, npz
+from api.negotiate import MEDIA_TYPES, VARY, choose, is_known, not_modified
 from api.openapi import BINARY, problems
 from api.routes.transforms import CURRENT, DTypeQuery, Output, planned_teacher, refuse_if_large
 from api.service import ServiceDep, TeacherName
+from statsvc.formats import npz
 from statsvc.moments import Moments
 from statsvc.store import Teacher
 

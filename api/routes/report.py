@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from api.models import Report
 from api.openapi import problems
 from api.service import ServiceDep, TeacherName
-from statsvc.drift import shard_drift
+from statsvc.drift import promise, shard_drift
 from statsvc.errors import DamagedObject, NotFound
 from statsvc.store import Teacher
 
@@ -58,13 +58,14 @@ def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int], dam
         return []
     try:
         targets = teacher.targets(output, cache_set)
+        promised = promise(targets)
     except NotFound:
         return []
     found = []
     for number in numbers:
         try:
             commit = teacher.store.ledger.read("cache", number, teacher.name, cache_set)
-            of_shard = shard_drift(targets, commit) if commit else None
+            of_shard = shard_drift(targets, commit, promised) if commit else None
         except DamagedObject:
             damaged.add(number)
             continue

@@ -14,7 +14,7 @@ from api.response import ObjectResponse
 from api.service import Service, ServiceDep, TeacherName
 from statsvc.codec import codec
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.layout import ArraySpec, cache_arrays
+from statsvc.layout import ArraySpec, cache_arrays, set_dtype
 from statsvc.store import Teacher
 
 router = APIRouter(tags=["feature shards"])
@@ -56,7 +56,7 @@ def list_shards(
     output = array.partition("/")[0]
     ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
     numbers = service.census.shards(name, chosen, start)
-    entries, damaged, digest = [], [], ""
+    entries, damaged, digest = [], [], None
     for number in numbers[:limit]:
         try:
             commit = ledger.read("cache", number, name, chosen)
@@ -65,7 +65,7 @@ def list_shards(
             continue
         if commit is None:
             continue  # removed a moment ago
-        digest = (commit.transform or {}).get(output, "")
+        digest = (commit.transform or {}).get(output)
         entries += [
             ShardEntry(shard=number, rows=commit.rows, bytes=record.bytes, crc32c=record.crc32c,
                        content_crc32c=record.content_crc32c)
@@ -115,7 +115,7 @@ def choose_array(teacher: Teacher, cache_set: str, asked: str | None) -> str:
     """The array that was asked for, or the patches' targets."""
     if asked is None:
         output = next(iter(teacher.outputs))
-        asked = f"{output}/{next(part.name for part in codec(cache_set.rpartition('-')[2]).arrays if part.sharded)}"
+        asked = f"{output}/{codec(set_dtype(cache_set)).sharded.name}"
     specs(teacher, cache_set, asked)
     return asked
 
@@ -125,7 +125,7 @@ def specs(teacher: Teacher, cache_set: str, array: str) -> ArraySpec:
     output, _, wanted = array.partition("/")
     shape = teacher.output(output)
     arrays = cache_arrays(
-        teacher.name, cache_set, output, dtype=cache_set.rpartition("-")[2], transform="", tokens=shape.tokens,
+        teacher.name, cache_set, output, dtype=set_dtype(cache_set), transform=None, tokens=shape.tokens,
         k=shape.dim, rows=teacher.store.rows_per_shard,
     )  # fmt: skip
     if wanted not in arrays:

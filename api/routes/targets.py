@@ -66,7 +66,9 @@ def read_targets(
     # Opened anew for every request, which costs little: what was repaired or removed since is read as it is.
     targets = teacher.targets(output, chosen)
     y_NTk = targets.read(numbers, space)
-    headers = {"Statsvc-Transform": targets.transform_digest, "Statsvc-Set": chosen, "Cache-Control": "no-cache"}
+    headers = {"Statsvc-Set": chosen, "Cache-Control": "no-cache"}
+    if not targets.is_raw or space == "normalized":
+        headers["Statsvc-Transform"] = targets.transform_digest or targets.transform.digest
     return Response(npy(y_NTk.astype("<f4", copy=False)), headers=headers, media_type=MEDIA_TYPE)
 
 

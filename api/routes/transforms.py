@@ -11,13 +11,14 @@ from fastapi.responses import JSONResponse, Response
 
 from api.errors import NotFitted, TooMuch
 from api.models import DIGEST, TransformCard
-from api.negotiate import MEDIA_TYPES, VARY, DType, Format, choose, is_known, not_modified, npz
+from api.negotiate import MEDIA_TYPES, VARY, DType, Format, choose, is_known, not_modified
 from api.openapi import problems
 from api.service import Service, ServiceDep, TeacherName
 from statsvc.errors import NotFound
+from statsvc.formats import ENCODE
 from statsvc.layout import transform_path
 from statsvc.store import Store, Teacher
-from statsvc.transform import TENSORS, Transform
+from statsvc.transform import TENSORS
 
 router = APIRouter(tags=["transforms"])
 
@@ -137,7 +138,7 @@ def represent(
     if chosen != "json":
         transform = store.transform(digest)
         refuse_if_large(service, sum(getattr(transform, name).size for name in TENSORS) * np.dtype(dtype).itemsize)
-        content = binary(transform, chosen, dtype)
+        content = ENCODE[chosen](transform, dtype, False)
         headers["Content-Disposition"] = f'attachment; filename="{digest[:12]}.{chosen}"'
         return Response(content, headers=headers, media_type=MEDIA_TYPES[chosen])
     return JSONResponse(described(store, digest, dtype), headers=headers)
@@ -176,11 +177,3 @@ def refuse_if_large(service: Service, nbytes: int) -> None:
     most = service.settings.max_answer_bytes
     if nbytes > most:
         raise TooMuch(f"{nbytes} bytes; an answer that is computed holds {most} (STATSVC_MAX_ANSWER_BYTES)")
-
-
-def binary(transform: Transform, chosen: str, dtype: str) -> bytes:
-    """mean, matrix and inverse with all that is known of them; deterministic."""
-    if chosen == "safetensors":
-        return transform.to_bytes(dtype)
-    texts = {name: np.array(value) for name, value in transform.metadata().items()}
-    return npz({name: getattr(transform, name).astype(dtype) for name in TENSORS} | texts)
