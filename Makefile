@@ -1,8 +1,8 @@
-# make setup | run | test | check | bench | compose-test    (PYTHON=python3.12 make setup, for another interpreter)
+# make setup | run | test | check | bench | bench-gpu | compose-test    (PYTHON=python3.12 make setup, for another interpreter)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check bench compose-test clean
+.PHONY: setup run test check bench bench-gpu compose-test clean
 
 setup: .venv/installed
 
@@ -17,20 +17,35 @@ run: setup
 	$(BIN)/statsvc run docker/plans/demo.yaml
 	$(BIN)/statsvc serve --store demo/store
 
-test: setup
+test: setup .venv-teachers/installed
 	$(BIN)/python -m pytest
+
+# timm and open_clip bring torchvision, which must not be where transformers is tested without it.
+.venv-teachers/installed: .venv/installed tests/teachers-env.txt tests/teachers_env.py tests/torchvision_operators.py
+	$(BIN)/python -m tests.teachers_env
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python -m tests.benchmarks
+# Limits, peers and goals in one run; then the tables of README.md and their record. A quarter of an hour at most.
+bench: setup .bench-peers/installed
+	$(BIN)/python -m tests.benchmarks --json tests/benchmarks/records/cpu.json --readme README.md
+
+# A folder that only the process sees which runs them; what cannot be installed is shown as not measured.
+.bench-peers/installed: tests/benchmarks/peers.txt
+	rm -rf .bench-peers
+	-$(BIN)/pip install --quiet --no-deps --target .bench-peers --requirement tests/benchmarks/peers.txt && touch $@
+
+# All checks and benchmarks of a machine with a CUDA device, in less than eight minutes.
+bench-gpu: setup
+	$(BIN)/python -m tests.benchmarks.gpu --json tests/benchmarks/records/gpu.json --readme README.md
 
 # The CPU containers for real, from the build to processes that are killed under them. Needs docker with compose.
 compose-test: setup
 	$(BIN)/python -m tests.compose
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-teachers .bench-peers demo

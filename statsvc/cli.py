@@ -44,6 +44,25 @@ def run(plan: Path, dry_run: bool, retry: bool, store: str | None) -> int:
     return code
 
 
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--near", multiple=True, metavar="DIGEST", help="Fit near this phi-s transform; may be repeated.")
+@click.option("--teacher", "teachers", multiple=True, help="Only this teacher; may be repeated.")
+@click.option("--fresh", is_flag=True, help="Fit afresh: the new targets will have nothing to do with the old ones.")
+@click.option("--store", help="The store, whatever the plan names.")
+def refit(plan: Path, near: tuple[str, ...], teachers: tuple[str, ...], fresh: bool, store: str | None) -> int:
+    """Measure PLAN's dataset shards again as they are now and fit anew, by default near the current fits.
+
+    What is cached is left alone; the next run caches with the new fits, beside it.
+    """
+    from statsvc.plan import read_plan
+
+    asked = read_plan(plan, store)
+    driver, progress = _extra("workers.refit", "worker"), _extra("workers.progress", "worker")
+    code: int = driver.refit(asked, progress.Display(), near=near, teachers=teachers, fresh=fresh)
+    return code
+
+
 store_option = click.option("--store", "location", required=True, help="The store: a path.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
@@ -95,6 +114,51 @@ def verify(location: str, as_json: bool, repair: bool) -> int:
         removed = mend(location, damage)
         click.echo(f"removed {removed} objects and commits; `statsvc run PLAN` restores them", err=as_json)
     return DAMAGED if damage else DONE
+
+
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--images", default=64, show_default=True, type=click.IntRange(min=2), help="Images of the trial.")
+@json_option
+@click.option("--store", help="The store, whatever the plan names.")
+def estimate(plan: Path, images: int, as_json: bool, store: str | None) -> int:
+    """Say what PLAN would take, in bytes, noise and hours, after a trial with a few images; write nothing."""
+    from statsvc.plan import read_plan
+
+    asked = read_plan(plan, store)
+    found, tables = _extra("workers.estimate", "worker"), _extra("workers.tables", "worker")
+    told = found.estimate(asked, images, lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps(told, indent=2, allow_nan=False))
+    else:
+        tables.print_estimate(told)
+    return DONE
+
+
+@cli.command()
+@store_option
+@click.option("--teacher", required=True, help="Whose transform or targets.")
+@click.option("--output", help="patches or summary. [default: patches]")
+@click.option("--method", help="The transform, by the method that was fitted. [default: phi-s]")
+@click.option("--digest", help="The transform, by its digest: also one that is no current fit.")
+@click.option("--format", type=click.Choice(["safetensors", "npz", "onnx", "npy"]), help="[default: FILE's suffix]")
+@click.option("--dtype", type=click.Choice(["float64", "float32", "float16"]), help="Of the numbers in FILE.")
+@click.option("--inverse", is_flag=True, help="onnx: the way back, from targets to features.")
+@click.option("--space", type=click.Choice(["normalized", "teacher"]), help="npy: of the numbers. [default: teacher]")
+@click.option("--set", "cache_set", help="npy: the cache set, where there are several.")
+@click.option("--rows", help="npy: numbers and ranges, as 0,5,9 or 0:1000. [default: all that have a target]")
+@click.option("--force", is_flag=True, help="Replace FILE.")
+@click.argument("file", type=click.Path(path_type=Path))
+def export(location: str, file: Path, force: bool, **wish: Any) -> int:
+    """Write a transform (safetensors, npz, onnx), or the features of an output (npy), to FILE.
+
+    Beside FILE.npy, FILE.npy.rows.npy holds the number of each row.
+    """
+    from statsvc.export import Wish
+    from statsvc.export import export as write
+
+    click.echo(write(location, Wish(**wish), file, force=force))
+    return DONE
 
 
 def _extra(module: str, extra: str) -> Any:

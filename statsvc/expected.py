@@ -8,14 +8,30 @@ import numpy as np
 
 from statsvc.canonical import sha256
 from statsvc.checksum import CRC_NBYTES
-from statsvc.layout import OK, STATUS_NAMES, ArraySpec, cache_arrays, moments_arrays, sample_arrays, teacher_status
+from statsvc.layout import (
+    BEYOND_RANGE,
+    OK,
+    STATUS_NAMES,
+    ArraySpec,
+    cache_arrays,
+    is_raw,
+    moments_arrays,
+    sample_arrays,
+    set_dtype,
+    set_name,
+    teacher_status,
+)
 from statsvc.ledger import Commit
 from statsvc.store import Teacher
 
 
-def fit_of(commit: Commit) -> str:
-    """The part of a cache set's name that says which fit it was made with."""
-    return sha256(*(digest.encode() for _, digest in sorted((commit.transform or {}).items())))[:12]
+def belongs(commit: Commit, cache_set: str) -> bool:
+    """Whether a commit was made with the transforms that its cache set is named after."""
+    if is_raw(cache_set) or not commit.transform:
+        return is_raw(cache_set) and not commit.transform
+    method, _, _ = cache_set.rsplit("-", 2)
+    fit = sha256(*(digest.encode() for _, digest in sorted(commit.transform.items())))
+    return cache_set == set_name(method, fit, set_dtype(cache_set))
 
 
 def expected_arrays(rows: int, commit: Commit, teacher: Teacher | None) -> Iterator[ArraySpec]:
@@ -42,8 +58,8 @@ def cache_specs(teacher: Teacher, commit: Commit, output: str) -> dict[str, Arra
         teacher.name,
         set_,
         output,
-        dtype=set_.rpartition("-")[2],
-        transform=(commit.transform or {}).get(output, ""),
+        dtype=set_dtype(set_),
+        transform=(commit.transform or {}).get(output),
         tokens=teacher.output(output).tokens,
         k=max(nbytes - CRC_NBYTES, 4) // 4,
         rows=teacher.store.rows_per_shard,
@@ -59,5 +75,7 @@ def miscounts(commit: Commit, arrays: dict[str, np.ndarray]) -> Iterator[str]:
     present = arrays.get("codes", arrays.get("values"))
     if present is not None and int(present.sum()) != commit.rows:
         yield f"counts {commit.rows} rows, the feature shard holds {int(present.sum())}"
-    if "status" in arrays and int((arrays["status"] == OK).sum()) != (commit.status or {}).get(STATUS_NAMES[OK], 0):
+    counted = commit.status or {}
+    usable = counted.get(STATUS_NAMES[OK], 0) + counted.get(BEYOND_RANGE, 0)
+    if "status" in arrays and int((arrays["status"] == OK).sum()) != usable:
         yield f"counts {commit.status}, the status array holds others"

@@ -25,6 +25,8 @@ RUN = ".statsvc/run.json"
 # Of a sample and of a teacher's row.
 ABSENT, OK, UNDECODABLE, NON_FINITE, WRONG_SHAPE = range(5)
 STATUS_NAMES = ("absent", "ok", "undecodable", "non-finite", "wrong-shape")
+# Counted like a status, but of a cache set: the teacher's row is ok, and the dtype of the set cannot hold it.
+BEYOND_RANGE = "beyond-range"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +131,42 @@ def set_name(method: str, fit: str, dtype: str) -> str:
     return f"{method}-{fit[:12]}-{dtype}"
 
 
+def raw_set_name(dtype: str) -> str:
+    """Name of a cache set of features in the teacher's own space."""
+    return f"raw-{dtype}"
+
+
+def is_raw(cache_set: str) -> bool:
+    """Whether a cache set holds features in the teacher's own space."""
+    return cache_set.startswith("raw-")
+
+
+def set_dtype(cache_set: str) -> str:
+    """How a cache set is encoded."""
+    return cache_set.rpartition("-")[2]
+
+
 def cache_arrays(
-    teacher: str, set_: str, output: str, *, dtype: str, transform: str, tokens: int, k: int, rows: int
+    teacher: str, set_: str, output: str, *, dtype: str, transform: str | None, tokens: int, k: int, rows: int
 ) -> dict[str, ArraySpec]:
-    """The targets of one output and what is known of each dataset shard's targets, by name."""
+    """The targets of one output and what is known of each dataset shard's targets, by name.
+
+    transform  digest of the one they were made with; None for features in the teacher's own space
+    """
     folder = f"teachers/{teacher}/cache/{set_}/{output}"
-    about = (("transform", transform), ("dtype", dtype), ("k", k), ("output", output), ("packing", "none"))
+    about = (
+        ("transform", transform), ("dtype", dtype), ("k", k), ("output", output), ("packing", codec(dtype).packing)
+    )  # fmt: skip
     nan = float("nan")
     arrays = {
         stored.name: ArraySpec(
             f"{folder}/{stored.name}",
             stored.dtype,
             rows,
-            (tokens, k) if stored.sharded else (tokens,),
-            ("row", "token", "channel")[: 3 if stored.sharded else 2],
+            stored.shape(tokens, k),
+            ("row", "token", "channel" if stored.channels == 1 else "channel_pair")[: 3 if stored.sharded else 2],
             sharded=stored.sharded,
-            fill=0 if stored.dtype == "int8" else nan,
+            fill=nan if stored.dtype.startswith("float") else 0,
             attributes=about,
         )
         for stored in codec(dtype).arrays

@@ -76,9 +76,19 @@ class Section(BaseModel):
 class Data(Section):
     """Which images."""
 
-    shards: tuple[str, ...] = Field(min_length=1, description="tar files: paths, globs, braces {000..099}, or a list")
-    images: tuple[str, ...] = Field(("jpg", "jpeg", "png", "webp"), min_length=1, description="extensions of images")
-    rows_per_shard: PositiveInt | None = Field(None, description="rows kept for each dataset shard; null: scanned")
+    shards: tuple[str, ...] = Field(
+        min_length=1,
+        description="tar files or folders of images: paths, globs, https:// URLs, braces {000..099}, or a list",
+    )
+    images: tuple[str, ...] = Field(
+        ("jpg", "jpeg", "png", "webp"),
+        min_length=1,
+        description="extensions of images, from the first dot on, such as jpg or left.png",
+    )
+    rows_per_shard: PositiveInt | None = Field(
+        None, description="rows kept for each dataset shard; null: as sizes.json beside them says, else scanned"
+    )
+    images_per_shard: PositiveInt = Field(1000, description="samples of each dataset shard that a folder is cut into")
 
     @field_validator("shards", "images", mode="before")
     @classmethod
@@ -88,7 +98,10 @@ class Data(Section):
     @field_validator("images")
     @classmethod
     def _extensions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(extension.lower().removeprefix(".") for extension in value)
+        extensions = tuple(extension.lower().removeprefix(".") for extension in value)
+        if "" in extensions:
+            raise ValueError(f"{show(value)} has an extension without letters; write it like jpg")
+        return extensions
 
 
 class Views(Section):
@@ -105,8 +118,8 @@ class Views(Section):
 class Teacher(Section):
     """One frozen model. What is null is taken from the model's own files."""
 
-    source: str = Field(description="where the model comes from: transformers, ...")
-    model: str = Field(description="hub name or local folder")
+    source: str = Field(description="where the model comes from: transformers, timm, open_clip, python, export")
+    model: str = Field(description="name, local folder, file, or package.module:function, as the source has it")
     revision: str | None = Field(None, description="commit of the hub repository")
     size: PositiveInt | None = Field(None, description="side of the square view as this teacher sees it, in pixels")
     pad: PositiveInt | None = Field(
@@ -167,7 +180,9 @@ class Targets(Section):
                 "features beyond 65504"
             )
         if self.space == "teacher" and self.rank is not None:
-            raise ValueError("rank is for normalized targets, features in the teacher's space keep all their channels; remove rank")
+            raise ValueError(
+                "rank is for normalized targets, features in the teacher's space keep all their channels; remove rank"
+            )
         return self
 
 

@@ -162,8 +162,11 @@ class Teacher:
         """Names of the cache sets."""
         return [name for name in self.store.backend.list(f"teachers/{self.name}/cache") if name != "zarr.json"]
 
-    def targets(self, output: str = "patches", cache_set: str | None = None) -> Targets:
-        """The cached targets of an output; `cache_set` chooses where there are several."""
+    def targets(self, output: str = "patches", cache_set: str | None = None, method: str = "phi-s") -> Targets:
+        """The cached targets of an output; `cache_set` chooses where there are several.
+
+        method  by which features of a raw cache set are normalized when they are read
+        """
         self.output(output)
         sets = self.cache_sets()
         if cache_set is None and len(sets) == 1:
@@ -173,4 +176,4 @@ class Teacher:
                 f"teacher {self.name} has the cache sets {', '.join(sets) or 'none yet'}; "
                 f"choose one with cache_set=..., got {cache_set!r}"
             )
-        return Targets(self, output, cache_set)
+        return Targets(self, output, cache_set, method)

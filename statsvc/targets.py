@@ -14,10 +14,11 @@ import numpy as np
 from statsvc.arrays import open_feature_shard, read_chunk
 from statsvc.codec import codec
 from statsvc.errors import AbsentRow, DamagedObject, NotFound
-from statsvc.layout import cache_arrays
+from statsvc.layout import cache_arrays, is_raw, sample_arrays, set_dtype
 from statsvc.ledger import attributes
 from statsvc.shardfile import Rows, row_numbers
 from statsvc.transform import Transform
+from statsvc.views import Box, covered_tokens, extent
 
 if TYPE_CHECKING:
     from statsvc.store import Teacher
@@ -26,16 +27,19 @@ OPEN_SHARDS = 1024  # feature shards a reader keeps mapped
 
 
 class Targets:
-    """The cached targets of one output in one cache set: rows [T, k] that exist only where a commit says so."""
+    """The cached targets of one output in one cache set: rows [T, k] that exist only where a commit says so.
 
-    def __init__(self, teacher: Teacher, output: str, set_: str) -> None:
+    method  normalizes what is read of a raw cache set, by its current fit; other sets were made with theirs
+    """
+
+    def __init__(self, teacher: Teacher, output: str, set_: str, method: str = "phi-s") -> None:
         self.teacher, self.output, self.set = teacher, output, set_
+        self.is_raw, self._method = is_raw(set_), method
         self._store = teacher.store
         folder = f"teachers/{teacher.name}/cache/{set_}/{output}"
-        self.dtype = set_.rpartition("-")[2]
-        array = next(part.name for part in codec(self.dtype).arrays if part.sharded)
-        about = attributes(self._store.backend, f"{folder}/{array}", "transform", "k")
-        self.transform_digest: str = about["transform"]
+        self.dtype = set_dtype(set_)
+        about = attributes(self._store.backend, f"{folder}/{codec(self.dtype).sharded.name}", "transform", "k")
+        self.transform_digest: str | None = about["transform"]
         self.tokens, self.k = teacher.output(output).tokens, about["k"]
         self.specs = cache_arrays(
             teacher.name, set_, output, dtype=self.dtype, transform=self.transform_digest,
@@ -45,7 +49,12 @@ class Targets:
 
     @cached_property
     def transform(self) -> Transform:
-        """The transform these targets were made with, whatever the current fits are."""
+        """The one these targets were made with, whatever the current fits are; of a raw cache set, the current fit.
+
+        Raises NotFound for a raw cache set before the fit.
+        """
+        if self.transform_digest is None:
+            return self.teacher.transform(self._method, self.output)
         return self._store.transform(self.transform_digest)
 
     def rows(self) -> np.ndarray:
@@ -59,11 +68,30 @@ class Targets:
         """float32 [N, T, k] targets, or [N, T, D] features with space=\"teacher\". Raises AbsentRow, never zeros."""
         if space not in ("normalized", "teacher"):
             raise NotFound(f"no space {space!r}; there are normalized, teacher")
-        y_NTk: np.ndarray = codec(self.dtype).decode(self.read_stored(rows))
-        return y_NTk if space == "normalized" else self.transform.invert(y_NTk)
+        decoded: np.ndarray = codec(self.dtype).decode(self.read_stored(rows), self.k)
+        if self.is_raw:
+            return decoded if space == "teacher" else self.transform.apply(decoded)
+        return decoded if space == "normalized" else self.transform.invert(decoded)
+
+    def covered(self, rows: Rows) -> np.ndarray:
+        """bool [N, T]: the tokens that lie wholly inside the image; the others saw padding, and no statistics.
+
+        All of them where views are squares, and for a summary.
+        """
+        shard_N, row_N = np.divmod(row_numbers(rows), self._store.rows_per_shard)
+        covered_NT = np.ones((len(row_N), self.tokens), bool)
+        grid = self.teacher.output(self.output).grid
+        if grid is None or attributes(self._store.backend, "").get("views", {}).get("kind") != "whole":
+            return covered_NT
+        size = self.teacher.preprocessing["size"]
+        for begin, end in _runs(shard_N):
+            views_C5 = self._views(int(shard_N[begin]))
+            boxes = [Box(*map(int, views_C5[row, :4])) for row in self._present(shard_N, row_N, begin, end)]
+            covered_NT[begin:end] = covered_tokens(np.array([extent(box, size) for box in boxes]), size, grid)
+        return covered_NT
 
     def read_stored(self, rows: Rows) -> dict[str, np.ndarray]:
-        """The arrays of the codec as stored, by name: codes int8 [N, T, k] and scales float32 [N, T], or values."""
+        """The arrays of the codec as stored, by name: codes [N, T, ...] and scales float32 [N, T], or values."""
         stored = {}
         shard_N, row_N = np.divmod(row_numbers(rows), self._store.rows_per_shard)
         for part in codec(self.dtype).arrays:
@@ -73,17 +101,36 @@ class Targets:
             # Runs of rows of one shard are read together.
             for begin, end in _runs(shard_N):
                 shard = self._shard(int(shard_N[begin]))
-                if absent := [int(rows[j]) for j in range(begin, end) if not shard["present"][row_N[j]]]:
-                    raise AbsentRow(
-                        f"rows {absent[:5]} have no target of {self.teacher.name}: no such sample, or its image or "
-                        "features could not be used; `rows()` lists those that do"
-                    )
+                self._present(shard_N, row_N, begin, end)
                 if spec.sharded:
                     shard[part.name].read(row_N[begin:end], out_NX[begin:end])
                 else:
                     out[begin:end] = shard[part.name][row_N[begin:end]]
             stored[part.name] = out
         return stored
+
+    def _present(self, shard_N: np.ndarray, row_N: np.ndarray, begin: int, end: int) -> np.ndarray:
+        """Rows begin to end, all of one shard. Raises AbsentRow where one has no target."""
+        shard = int(shard_N[begin])
+        missing_N = row_N[begin:end][~self._shard(shard)["present"][row_N[begin:end]]]
+        if len(missing_N):
+            raise AbsentRow(
+                f"rows {(missing_N[:5] + shard * self._store.rows_per_shard).tolist()} have no target of "
+                f"{self.teacher.name}: no such sample, or its image or features could not be used; `rows()` lists "
+                "those that do"
+            )
+        return row_N[begin:end]
+
+    def _views(self, shard: int) -> np.ndarray:
+        """[C, 5]: the views of one dataset shard."""
+        opened = self._shard(shard)
+        if "views" not in opened:
+            commit = self._store.ledger.read("cache", shard, self.teacher.name, self.set)
+            assert commit is not None  # its shard was opened
+            spec = sample_arrays(self._store.rows_per_shard)["views"]
+            opened["views"] = read_chunk(self._store.backend, spec, shard, commit)
+        views_C5: np.ndarray = opened["views"]
+        return views_C5
 
     def _shard(self, shard: int) -> dict[str, Any]:
         """The opened arrays of one dataset shard and which of its rows are present."""

@@ -10,7 +10,7 @@ import numpy as np
 from statsvc.arrays import open_feature_shard, read_chunk
 from statsvc.backends import backend
 from statsvc.errors import DamagedObject, StatsvcError
-from statsvc.expected import cache_specs, expected_arrays, fit_of, miscounts
+from statsvc.expected import belongs, cache_specs, expected_arrays, miscounts
 from statsvc.layout import (
     ArraySpec,
     commit_folder,
@@ -119,7 +119,7 @@ class _Check:
             self.objects(commit, teacher)
             if commit.shard not in indexed:
                 self.damaged(commit_path("index", commit.shard), f"missing, though {commit.path} is there", None)
-        self.fits(teacher, bool(cached))
+        self.fits(teacher, {digest for commit in cached for digest in (commit.transform or {}).values()})
 
     def commits(self, phase: str, teacher: Teacher | None = None, cache_set: str | None = None) -> Iterator[Commit]:
         """The sound commits of a phase."""
@@ -132,7 +132,7 @@ class _Check:
                 assert commit is not None  # it was listed
                 if teacher and commit.fingerprint != teacher.fingerprint:
                     raise DamagedObject(f"made with fingerprint {commit.fingerprint}, not the teacher's")
-                if cache_set and [fit_of(commit)] != cache_set.split("-")[-2:-1]:
+                if cache_set and not belongs(commit, cache_set):
                     raise DamagedObject("made with transforms of another fit than that of its cache set")
                 due = {spec.object(shard) for spec in expected_arrays(self._rows, commit, teacher)}
                 if {record.path for record in commit.objects} != due:
@@ -162,7 +162,8 @@ class _Check:
         shard_file.verify_all()
         return shard_file.present_R
 
-    def fits(self, teacher: Teacher, in_use: bool) -> None:
+    def fits(self, teacher: Teacher, in_use: set[str]) -> None:
+        """The current fits, and of earlier ones the transforms without which targets that are there say nothing."""
         path = fit_path(teacher.name)
         self.checked += 1
         try:
@@ -177,6 +178,13 @@ class _Check:
             for method, digest in methods.items():
                 if isinstance(digest, str):
                     self.fit(teacher, output, method, digest)
+                    in_use.discard(digest)
+        for digest in in_use:
+            self.checked += 1
+            try:
+                self.store.transform(digest)
+            except DamagedObject as error:
+                self.damaged(transform_path(digest), error, None)
 
     def fit(self, teacher: Teacher, output: str, method: str, digest: str) -> None:
         """The transform that a fit commit names, its report, and the moments that both were made from."""

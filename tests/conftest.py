@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 
 import workers.run
@@ -19,11 +21,13 @@ from statsvc.plan import Plan
 from statsvc.store import Store, open_store
 from tests.plans import TINY_SIGLIP
 from tests.service import Running, serving
-from tests.tiny import InProcess, photographs, write_tar
+from tests.tiny import InProcess, photographs, seen_by, write_tar
 from workers.decoders import Decoders
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
 from workers.progress import Display
+from workers.teacher import LoadedTeacher
+from workers.teachers import resolve
 
 # How long an example takes says more of the machine's other work than of ours.
 settings.register_profile("statsvc", deadline=None)
@@ -43,6 +47,19 @@ SHARDS = {
 }
 ROWS_PER_SHARD = 7
 ABSENT = [6, 9, 11, 20]  # no seventh sample; broken; without an image; no seventh sample
+PRESENT = [row for row in range(21) if row not in ABSENT]
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+Features = dict[str, dict[int, np.ndarray]]
+
+
+def by_row() -> dict[int, tuple[str, bytes]]:
+    """Key and bytes of every sample's first member, by row."""
+    return {
+        shard * ROWS_PER_SHARD + position: (name.rpartition(".")[0], content)
+        for shard, members in enumerate(SHARDS.values())
+        for position, (name, content) in enumerate(members)
+    }
 
 
 @dataclass(frozen=True)
@@ -95,8 +112,6 @@ def decoders() -> Iterator[Decoders]:
 @pytest.fixture(scope="session")
 def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder: a Dinov2 of width 32 for images of 32 x 32, with random weights."""
-    import transformers
-
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
@@ -117,6 +132,23 @@ def finished_once(dinov2: Path, decoders: Decoders, tmp_path_factory: pytest.Tem
         in_process(patch, decoders)
         assert finished.run() == 0
     return finished
+
+
+@pytest.fixture(scope="session")
+def features(finished_once: Finished, dinov2: Path) -> Features:
+    """{output: {row: float64 [T, D]}} of the teacher dino, from a plain forward pass of one image at a time."""
+    plan = finished_once.plan.teachers["dino"]
+    shown = LoadedTeacher("dino", resolve("dino", plan), torch.device("cpu"), "float32")  # for its size and filter
+    auto_model: Any = transformers.AutoModel
+    model = auto_model.from_pretrained(dinov2, dtype=torch.float32).eval()
+    found: Features = {"patches": {}, "summary": {}}
+    for row in PRESENT:
+        pixels = (seen_by(shown, by_row()[row][1]) / 255 - MEAN) / STD
+        with torch.inference_mode():
+            out = model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
+        found["patches"][row] = out.last_hidden_state[0, 1:].double().numpy()
+        found["summary"][row] = out.pooler_output.double().numpy()
+    return found
 
 
 @pytest.fixture

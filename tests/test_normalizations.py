@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
 
-from statsvc.errors import CannotFit, MomentsError, NoHadamardMatrix, NotFound
+from statsvc.errors import CannotFit, MomentsError, NotFound
 from statsvc.moments import Moments
 from statsvc.normalizations import METHODS, fit, moments_digest
 from tests.features import COVARIANCES, TEACHERS, Floats, teacher_features
@@ -87,9 +87,13 @@ def test_phi_s_is_a_rotation_times_one_scalar_with_canonical_signs(kind: str) ->
     assert (transform.rotation, transform.hadamard) == ("hadamard", "S(16) x P1(12)")
 
 
-def test_phi_s_is_refused_where_there_is_no_hadamard_matrix() -> None:
-    with pytest.raises(NoHadamardMatrix, match=r"order 92.*88 below, 96 above"):
-        fit(of_covariance(np.eye(92)), "phi-s")
+@pytest.mark.parametrize("kind", KINDS)
+def test_phi_s_needs_no_hadamard_matrix_of_its_width(kind: str) -> None:
+    covariance_DD = COVARIANCES[kind](191)
+    transform = fit(of_covariance(covariance_DD), "phi-s")
+    assert np.abs(output_variances(transform.matrix, covariance_DD) - 1).max() <= 1e-12
+    assert np.all(np.diagonal(transform.matrix) >= 0)
+    assert (transform.rotation, transform.hadamard) == ("hadamard minor, givens", "minor of S(16) x P1(12)")
 
 
 # The paper's figures
@@ -190,7 +194,7 @@ def test_one_feature_vector_is_not_enough(method: str) -> None:
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(NotFound, match="'phi_s'; there are phi-s, global, standardize"):
+    with pytest.raises(NotFound, match="'phi_s'; there are phi-s, global, standardize, pca, zca, hca"):
         fit(of_covariance(np.eye(4)), "phi_s")
 
 

@@ -68,6 +68,12 @@ def test_the_example_of_the_design_is_accepted(tmp_path: Path) -> None:
     assert plan.statistics.max_images == 100_000
 
 
+def test_a_rank_is_for_phi_s_alone(tmp_path: Path) -> None:
+    assert read(LEAST + "targets: {rank: 64}\n", tmp_path).targets.rank == 64
+    sentence = refusal(LEAST + "targets: {rank: 64}\nnormalize: zca\n", tmp_path)
+    assert sentence == "plan: targets.rank is for normalize: phi-s, not zca; remove it"
+
+
 def test_another_store_than_the_plan_names_can_be_given(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(LEAST)
     (tmp_path / "none.yaml").write_text(LEAST.partition("\n")[2])
@@ -85,8 +91,8 @@ def test_what_is_left_out_has_the_defaults_of_the_example(tmp_path: Path) -> Non
     assert least.data.rows_per_shard is None
     teacher = least.teachers["dino"]
     assert teacher.model_dump(exclude={"source", "model"}) == {
-        "revision": None, "size": None, "interpolation": None, "mean": None, "std": None, "precision": "auto",
-        "taps": {}, "trust_remote_code": False, "options": {},
+        "revision": None, "size": None, "pad": None, "interpolation": None, "mean": None, "std": None,
+        "precision": "auto", "taps": {}, "trust_remote_code": False, "options": {},
     }  # fmt: skip
 
 
@@ -172,7 +178,7 @@ def with_value(line: str) -> str:
         ("normalise=phi-s", "unknown key normalise: 'phi-s'; the keys here are store, ... (did you mean 'normalize'?)"),
         (
             "targets.dtypes=int8",
-            "unknown key targets.dtypes: 'int8'; the keys here are space, dtype (did you mean 'dtype'?)",
+            "unknown key targets.dtypes: 'int8'; the keys here are space, dtype, rank (did you mean 'dtype'?)",
         ),
         ("teachers.dino.sise=224", "unknown key teachers.dino.sise: 224; ... (did you mean 'size'?)"),
         ("data.shardz=[a]", "unknown key data.shardz: ['a']; ... (did you mean 'shards'?)"),
@@ -190,7 +196,7 @@ def with_value(line: str) -> str:
         ("data.images=[]", "data.images: [] is wrong; it must be at least one entry"),
         ("data.rows_per_shard=1e3", "data.rows_per_shard: '1e3' is wrong; it must be a whole number"),
         ("data.rows_per_shard=0", "data.rows_per_shard: 0 is wrong; it must be greater than 0"),
-        ("views.kind=centre", "views.kind: 'centre' is wrong; it must be 'center'"),
+        ("views.kind=centre", "views.kind: 'centre' is wrong; it must be 'center' or 'whole'"),
         ("views.per_image=2", "views.per_image: 2 is wrong; it must be 1"),
         ("views.seed=1.5", "views.seed: 1.5 is wrong; it must be a whole number"),
         ("teachers=[dino]", "teachers: ['dino'] is wrong; it must be a mapping"),
@@ -245,11 +251,23 @@ def with_value(line: str) -> str:
         ("statistics.images=0", "statistics.images: 0 is wrong; it must be greater than 0 or 'all'"),
         ("statistics.max_images=1.5", "statistics.max_images: 1.5 is wrong; it must be a whole number"),
         ("statistics.stop=never", "statistics.stop: 'never' is wrong; it must be 'converged'"),
-        ("normalize=phis", "normalize: 'phis' is not one of phi-s, global, standardize (did you mean 'phi-s'?)"),
-        ("normalize=[phi-s]", "normalize: ['phi-s'] is not one of phi-s, global, standardize"),
-        ("targets.dtype=int3", "targets.dtype: 'int3' is not one of int8, float16 (did you mean 'int8'?)"),
-        ("targets.dtype=8", "targets.dtype: 8 is not one of int8, float16"),
-        ("targets.space=raw", "targets.space: 'raw' is wrong; it must be 'normalized'"),
+        ("normalize=phis", "normalize: 'phis' is not one of phi-s, global, standardize, ... (did you mean 'phi-s'?)"),
+        ("normalize=[phi-s]", "normalize: ['phi-s'] is not one of phi-s, global, standardize, pca, zca, hca"),
+        (
+            "targets.dtype=int3",
+            "targets.dtype: 'int3' is not one of int8, int4, float16, float32 (did you mean 'int8'?)",
+        ),
+        ("targets.dtype=8", "targets.dtype: 8 is not one of int8, int4, float16, float32"),
+        ("targets.space=raw", "targets.space: 'raw' is wrong; it must be 'normalized' or 'teacher'"),
+        ("targets.rank=0", "targets.rank: 0 is wrong; it must be greater than 0"),
+        ("targets={space: teacher}", "targets: dtype int8 is for normalized targets; with space: teacher use ..."),
+        ("targets={space: teacher, dtype: float16, rank: 8}", "targets: rank is for normalized targets, ..."),
+        ("whitening.max_gain=0.5", "whitening.max_gain: 0.5 is wrong; it must be greater than or equal to 1"),
+        ("whitening.eigenvalue_floor=1", "whitening.eigenvalue_floor: 1 is wrong; it must be less than 1"),
+        (
+            "statistics.tokens_per_image=-1",
+            "statistics.tokens_per_image: -1 is wrong; it must be greater than 0 or a mapping",
+        ),
         ("engine.kind=slurm", "engine.kind: 'slurm' is wrong; it must be 'inline'"),
         ("engine.batch_size=big", "engine.batch_size: 'big' is wrong; it must be a whole number or 'auto'"),
         ("engine.decoders=-1", "engine.decoders: -1 is wrong; it must be greater than 0 or 'auto'"),

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statsvc.errors import NoHadamardMatrix, TransformError
+from statsvc.errors import TransformError
+from statsvc.hadamard import constructible
 from statsvc.rotation import non_negative_diagonal, principal_axes, rotation
 from tests.features import COVARIANCES, Floats, wishart
 
@@ -24,7 +25,7 @@ def output_variances(matrix_kD: Floats, covariance_DD: Floats) -> Floats:
     return variances
 
 
-@pytest.mark.parametrize("dim", [1, 2, 4, 12, 20, 28, 48])
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 7, 12, 20, 28, 43, 48])
 @pytest.mark.parametrize("kind", COVARIANCES)
 def test_all_outputs_have_the_mean_variance(kind: str, dim: int) -> None:
     covariance_DD = COVARIANCES[kind](dim)
@@ -32,10 +33,12 @@ def test_all_outputs_have_the_mean_variance(kind: str, dim: int) -> None:
     assert rotation_DD.dtype == np.float64
     mean = np.trace(covariance_DD) / dim
     # A product of two orthogonal matrices errs by D ulps at the very most; DESIGN.md asks for 1e-12.
-    assert np.abs(output_variances(rotation_DD, covariance_DD) - mean).max() <= min(1e-12, 8 * dim * EPS) * mean
+    # Without a Hadamard matrix, rows count as done when they are within 1e-14 and the last takes what is left of all.
+    bound = min(1e-12, 8 * dim * EPS) if constructible(dim) else dim * 1e-14
+    assert np.abs(output_variances(rotation_DD, covariance_DD) - mean).max() <= bound * mean
 
 
-@pytest.mark.parametrize("dim", [1, 2, 4, 12, 48, 192])
+@pytest.mark.parametrize("dim", [1, 2, 4, 12, 37, 48, 192])
 @pytest.mark.parametrize("kind", COVARIANCES)
 def test_rotations_are_orthogonal_with_a_non_negative_diagonal(kind: str, dim: int) -> None:
     rotation_DD = rotation(COVARIANCES[kind](dim))
@@ -85,17 +88,12 @@ def test_the_covariance_is_left_as_it_was() -> None:
     assert np.array_equal(covariance_DD, before_DD)
 
 
-@pytest.mark.parametrize(("dim", "nearest"), [(3, "2 below, 4 above"), (92, "88 below, 96 above")])
-def test_a_width_without_a_hadamard_matrix_is_refused_with_the_nearest_ones(dim: int, nearest: str) -> None:
-    with pytest.raises(NoHadamardMatrix, match=f"order {dim}.*{nearest}"):
-        rotation(np.eye(dim))
-
-
 @pytest.mark.parametrize(
     ("matrix", "reason"),
     [
         (np.zeros(4), "square"),
         (np.zeros((4, 8)), "square"),
+        (np.zeros((0, 0)), "D at least 1"),
         (np.full((4, 4), np.nan), "finite"),
         (np.diag([1, 1, 1, np.inf]), "finite"),
         (np.triu(wishart(4, 9)), "symmetric"),

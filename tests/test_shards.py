@@ -1,57 +1,49 @@
 """Tars to samples: webdataset is the oracle for keys and positions, hashlib and crc32c for digests."""
 
+from __future__ import annotations
+
 import contextlib
 import gc
-import gzip
 import hashlib
 import io
-import random
 import tarfile
 import tracemalloc
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import pytest
 import webdataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 import workers.shards
 from statsvc.errors import UnreadableShard
 from statsvc.layout import key_hash
+from tests import shard_contract
+from tests.shard_contract import (
+    CUT,
+    FORMATS,
+    IMAGES,
+    PLAIN,
+    TarContract,
+    info,
+    reasons,
+    tar_of,
+)
+from workers.keys import META_NAME, split_name
 from workers.shards import Sample, ShardReader, ShardSummary, read_samples
+from workers.source import Location
 
-IMAGES = ("jpg", "png")
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def info(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.size, member.type = size, kind
-    return member
-
-
-def tar_of(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], layout: str = "pax") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[layout]) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                tar.addfile(info(member[0], len(member[1])), io.BytesIO(member[1]))
-    return buffer.getvalue()
 
 
 def read(path: Path, content: bytes | None = None, keep: bool = True) -> tuple[list[Sample], ShardSummary]:
     if content is not None:
         path.write_bytes(content)
-    reader = ShardReader(path, IMAGES, keep)
-    return list(reader), reader.summary
+    return shard_contract.read(path, keep)
 
 
 def by_webdataset(path: Path) -> list[dict[str, Any]]:
@@ -62,16 +54,36 @@ def by_webdataset(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def reasons(summary: ShardSummary) -> list[tuple[str, int]]:
-    return [(problem.key, problem.position) for problem in summary.problems]
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a.tar"
 
 
-PLAIN: list[tuple[str, bytes] | tarfile.TarInfo] = [("a.jpg", b"A" * 700), ("a.json", b"{}"), ("b.png", b"B" * 512)]
+class TestLocalTar(TarContract):
+    @pytest.fixture
+    def put(self, path: Path) -> Callable[[bytes], Location]:
+        def put(content: bytes) -> Location:
+            path.write_bytes(content)
+            return str(path)
+
+        return put
+
+
+hard_names = st.text(st.sampled_from("aB._/\nÄ-\udce9"), max_size=12)
+
+
+@example("d/.hidden.jpg")
+@example("a/b/.c.jpg")
+@example("d.e\nx/a.jpg")
+@example("a.b/.c.d/e.f.g")
+@settings(max_examples=1000)
+@given(hard_names)
+def test_the_key_and_extension_of_any_name_are_those_of_webdataset(name: str) -> None:
+    # Names that webdataset keeps for itself never come to its rule.
+    expected = (None, None) if META_NAME.match(name) else base_plus_ext(name)
+    assert (split_name(name) or (None, None)) == expected
+
+
 WELL_FORMED: dict[str, list[tuple[str, bytes] | tarfile.TarInfo]] = {
     "plain": PLAIN,
     "directories": [info("d", kind=tarfile.DIRTYPE), ("d/a.jpg", b"1"), info("d.x/", kind=tarfile.DIRTYPE), *PLAIN],
@@ -129,21 +141,6 @@ def test_any_names_are_grouped_as_webdataset_groups_them(
     assert [s.key for s in samples][: len(keys)] == keys
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_the_summary_counts_hashes_and_checksums_the_whole_file(path: Path, keep: bool) -> None:
-    content = tar_of(PLAIN) + bytes(200_001)  # longer than one read after the end of the archive
-    samples, summary = read(path, content, keep)
-    assert summary == ShardSummary(
-        samples=2,
-        key_hashes=[hashlib.blake2b(key, digest_size=16).digest() for key in (b"a", b"b")],
-        size=len(content),
-        etag=f"crc32c:{google_crc32c.value(content):08x}",
-        problems=[],
-    )
-    assert [s.image for s in samples] == ([b"A" * 700, b"B" * 512] if keep else [None, None])
-    assert [s.problem for s in samples] == [None, None]
-
-
 def test_there_is_no_summary_before_the_last_sample(path: Path) -> None:
     path.write_bytes(tar_of(PLAIN))
     reader = ShardReader(path, IMAGES)
@@ -172,7 +169,9 @@ def test_extensions_ignore_case_on_both_sides(path: Path) -> None:
 def test_a_sample_without_an_image_keeps_its_position_and_says_what_it_has(path: Path) -> None:
     samples, summary = read(path, tar_of([("a.json", b"1"), ("a.seg.png", b"2"), ("b.jpg", b"3")]))
     assert (samples[0].image, samples[0].extension, samples[1].position) == (None, "", 1)
-    assert samples[0].problem == "no image: it has json, seg.png; data.images accepts jpg, png"
+    assert samples[0].problem == "no image: it has json, seg.png; data.images accepts jpg, png. " + (
+        "An extension begins at the first dot: name the file without others, or add seg.png"
+    )
     assert summary.problems == [("a", 0, samples[0].problem)]
 
 
@@ -228,118 +227,6 @@ def test_a_sparse_member_is_never_expanded(path: Path) -> None:
     assert "sparse" in str(samples[1].problem)
     assert samples[2].image == b"12345"
     assert peak < 1 << 20
-
-
-def test_neither_large_members_nor_lying_headers_fill_the_memory(path: Path) -> None:
-    # An image of 30 MB that indexing only passes over, then a PAX header that claims 60 MB of records.
-    end = 1024 + 512 + (30 << 20)
-    header = info("x", 60 << 20, tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT)
-    path.write_bytes(tar_of([("a.jpg", b"1"), ("b.jpg", bytes(30 << 20))])[:end] + header)
-    with path.open("r+b") as file:
-        file.truncate(end + (64 << 20))
-    tracemalloc.start()
-    samples, summary = read(path, keep=False)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert [s.key for s in samples] == ["a", "b"]
-    assert reasons(summary) == [("", 2)]
-    assert peak < 4 << 20
-
-
-# --- cut and damaged tars ---
-
-CUT = [("k" * 120 + f"{i}.{e}", bytes([65 + i]) * n) for i, n in enumerate((700, 1024, 1)) for e in ("json", "jpg")]
-
-
-def image_ends(content: bytes) -> dict[str, int]:
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        return {m.name[:-4]: m.offset_data + m.size for m in tar if m.name.endswith("jpg")}
-
-
-@pytest.mark.parametrize("layout", ["gnu", "pax"])
-@pytest.mark.parametrize("offset", [0, 1, 130, 511])
-def test_wherever_a_tar_is_cut_every_complete_image_is_used_and_the_cut_is_reported(
-    path: Path, layout: str, offset: int
-) -> None:
-    whole = tar_of(CUT, layout)
-    ends = image_ends(whole)
-    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-        tar.getmembers()
-        marker_end = tar.offset + 1024
-    for cut in range(offset, len(whole), 512):
-        if 0 < cut < 512:
-            with pytest.raises(UnreadableShard, match="no tar"):
-                read(path, whole[:cut])
-            continue
-        samples, summary = read(path, whole[:cut])
-        indexed, index_summary = read(path, keep=False)
-        assert {s.key: s.image for s in samples if s.image is not None} == {
-            key: bytes([65 + int(key[-1])]) * (700, 1024, 1)[int(key[-1])] for key, end in ends.items() if end <= cut
-        }
-        assert summary == index_summary
-        assert [s.problem for s in samples] == [s.problem for s in indexed]
-        assert summary.etag == f"crc32c:{google_crc32c.value(whole[:cut]):08x}"
-        assert (("", summary.samples) in reasons(summary)) == (cut < marker_end)
-
-
-def test_an_image_cut_in_the_middle_is_reported_with_its_key(path: Path) -> None:
-    whole = tar_of([("a.jpg", b"1" * 600), ("b.json", b"2"), ("b.jpg", b"3" * 600)])
-    samples, summary = read(path, whole[: image_ends(whole)["b"] - 1])
-    assert samples[1] == Sample(1, "b", None, "jpg", "the tar is cut inside 'b.jpg'; copy it again", unusable=True)
-    assert reasons(summary) == [("b", 1), ("", 2)]
-
-
-def test_a_sample_cut_after_its_image_keeps_the_image_and_is_reported(path: Path) -> None:
-    samples, summary = read(path, tar_of([("a.jpg", b"1"), ("a.json", b"2" * 600)])[: 1024 + 512 + 599])
-    assert (samples[0].image, samples[0].problem) == (b"1", None)
-    assert summary.problems[0] == ("a", 0, "the tar is cut inside 'a.json'; copy it again")
-
-
-def test_zeros_at_the_end_of_an_image_are_no_end_marker(path: Path) -> None:
-    whole = tar_of([("a.jpg", b"1" + bytes(4095))])
-    _, cut = read(path, whole[: 512 + 4096])
-    assert reasons(cut) == [("", 1)]
-    _, one_block = read(path, whole[: 512 + 4096 + 512])
-    assert reasons(one_block) == [("", 1)]
-    _, complete = read(path, whole[: 512 + 4096 + 1024])
-    assert complete.problems == []
-
-
-def test_a_damaged_header_in_the_middle_does_not_pass_for_the_end(path: Path) -> None:
-    content = bytearray(tar_of([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")]))
-    content[1024 + 5] ^= 0xFF
-    samples, summary = read(path, bytes(content))
-    assert [s.key for s in samples] == ["a"]
-    assert reasons(summary) == [("", 1)]
-    assert "missing at byte 1024" in summary.problems[0].reason
-    assert "what follows was not read" in summary.problems[0].reason
-
-
-def test_tars_joined_with_cat_do_not_lose_the_second_in_silence(path: Path) -> None:
-    samples, summary = read(path, tar_of(PLAIN) + tar_of([("c.jpg", b"1")]))
-    assert [s.key for s in samples] == ["a", "b"]
-    assert "was not read; cat does not join tars" in summary.problems[0].reason
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", bytes(512), bytes(10240), tar_of([]), tar_of([info("d", kind=tarfile.DIRTYPE), ("README", b"1")])],
-    ids=["empty file", "one zero block", "zeros", "empty tar", "nothing with an extension"],
-)
-def test_a_tar_without_samples_is_reported(path: Path, content: bytes) -> None:
-    samples, summary = read(path, content)
-    assert (samples, summary.samples, summary.size) == ([], 0, len(content))
-    assert "no samples" in summary.problems[0].reason
-
-
-@pytest.mark.parametrize(
-    "content",
-    [random.Random(0).randbytes(5000), gzip.compress(tar_of(PLAIN)), b"<!DOCTYPE html><html>" * 50, b"\xff\xd8\xff"],
-    ids=["random", "gzip", "html", "short"],
-)
-def test_what_is_no_tar_is_refused_by_name(path: Path, content: bytes) -> None:
-    with pytest.raises(UnreadableShard, match=r"a\.tar cannot be read: it is no tar.*plain \.tar"):
-        read(path, content)
 
 
 def test_missing_files_and_folders_are_refused_by_name(path: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tensorstore
 import torch
-import transformers
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,24 +27,8 @@ from statsvc.ledger import seal
 from statsvc.plan import Plan
 from statsvc.store import Store, Teacher
 from statsvc.targets import Targets
-from tests.conftest import ABSENT, ROWS_PER_SHARD, SHARDS, Finished, plan_for
-from tests.tiny import key_hash, seen_by
-from workers.teacher import LoadedTeacher
-from workers.teachers import resolve
-
-PRESENT = [row for row in range(21) if row not in ABSENT]
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-Features = dict[str, dict[int, np.ndarray]]
-
-
-def by_row() -> dict[int, tuple[str, bytes]]:
-    """Key and bytes of every sample's first member, by row."""
-    return {
-        shard * ROWS_PER_SHARD + position: (name.rpartition(".")[0], content)
-        for shard, members in enumerate(SHARDS.values())
-        for position, (name, content) in enumerate(members)
-    }
+from tests.conftest import ABSENT, PRESENT, ROWS_PER_SHARD, Features, Finished, by_row, plan_for
+from tests.tiny import key_hash
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +44,6 @@ def dino(store: Store) -> Teacher:
 @pytest.fixture(scope="module")
 def targets(dino: Teacher) -> Targets:
     return dino.targets("patches")
-
-
-@pytest.fixture(scope="module")
-def features(finished_once: Finished, dinov2: Path) -> Features:
-    """{output: {row: float64 [T, D]}} of the teacher dino, from a plain forward pass of one image at a time."""
-    plan = finished_once.plan.teachers["dino"]
-    shown = LoadedTeacher("dino", resolve("dino", plan), torch.device("cpu"), "float32")  # for its size and filter
-    auto_model: Any = transformers.AutoModel
-    model = auto_model.from_pretrained(dinov2, dtype=torch.float32).eval()
-    found: Features = {"patches": {}, "summary": {}}
-    for row in PRESENT:
-        pixels = (seen_by(shown, by_row()[row][1]) / 255 - MEAN) / STD
-        with torch.inference_mode():
-            out = model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
-        found["patches"][row] = out.last_hidden_state[0, 1:].double().numpy()
-        found["summary"][row] = out.pooler_output.double().numpy()
-    return found
 
 
 # --- what is there ---
@@ -473,7 +439,7 @@ def test_metadata_that_names_another_transform_is_refused(finished: Finished) ->
     targets = patches_of(finished)
     path = finished.path / f"teachers/dino/cache/{targets.set}/patches/codes/zarr.json"
     other = finished.store.teacher("dino").transform("standardize").digest
-    path.write_text(path.read_text().replace(targets.transform_digest, other))
+    path.write_text(path.read_text().replace(targets.transform.digest, other))
     with pytest.raises(DamagedObject, match="made with fingerprint and transform"):
         patches_of(finished).read([0])
 

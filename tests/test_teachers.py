@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from statsvc.errors import PlanError
 from statsvc.layout import Output
 from statsvc.plan import Teacher
+from tests.teachers import assert_same, images, pixels
 from workers.teacher import LoadedTeacher
 from workers.teachers import SOURCES, resolve
 from workers.teachers.base import Preprocessing, Resolved
@@ -123,16 +124,6 @@ def loaded(model: Path | str, precision: str = "float32", **keys: Any) -> Loaded
     return LoadedTeacher("dino", resolved(model, **keys), torch.device("cpu"), precision)
 
 
-def images(size: int, count: int = 3) -> np.ndarray:
-    return np.random.default_rng(size).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-
-
-def pixels(images_BSS3: np.ndarray, mean: Any, std: Any) -> torch.Tensor:
-    """As every image processor makes them, computed in float64."""
-    values = (images_BSS3 / 255 - np.asarray(mean)) / np.asarray(std)
-    return torch.tensor(values, dtype=torch.float32).permute(0, 3, 1, 2)
-
-
 def oracle(folder: Path, tower: str, images_BSS3: np.ndarray, **arguments: Any) -> Any:
     """The output of the vision model in the folder, by transformers alone, for the preprocessing GIVEN."""
     auto_model: Any = transformers.AutoModel
@@ -140,13 +131,6 @@ def oracle(folder: Path, tower: str, images_BSS3: np.ndarray, **arguments: Any) 
     with torch.inference_mode():
         model = getattr(model, tower) if tower else model
         return model(pixel_values=pixels(images_BSS3, GIVEN["mean"], GIVEN["std"]), **arguments)
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """To 1e-6 of the largest feature, which is a few roundings of float32."""
-    assert found.dtype == torch.float32
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
 def tokens_of(hidden: torch.Tensor, before: int) -> torch.Tensor:

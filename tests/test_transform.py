@@ -64,7 +64,7 @@ def test_features_of_real_scales_come_back_within_a_fraction_of_each_channels_de
 ) -> None:
     """The worst of 1500 values of the worst of 384 channels. Measured: 1e-13 in float64, 2e-5 (SigLIP) in float32."""
     x_ND = teacher_features(teacher, 1500, 384).astype(dtype)
-    transform = fit(Moments.of(x_ND), method)
+    transform = fit(Moments.of(x_ND), method, eigenvalue_floor=1e-4)
     back_ND = host(transform.invert(transform.apply(library(x_ND))))
     assert back_ND.dtype == dtype
     error_D = np.abs(back_ND - x_ND.astype(np.float64)).max(axis=0) / x_ND.std(axis=0, dtype=np.float64)

@@ -367,8 +367,8 @@ def test_a_target_beyond_the_range_of_float16_is_counted_not_stored_as_infinity(
         for output, fit in fits.items()
     }
     commit = workshop.cache(tar, teacher, fits={teacher.name: loud}, dtype="float16")
-    assert (commit.rows, commit.status) == (0, {"absent": 1, "non-finite": 9})
-    assert all("beyond the range of the stored dtype" in failure.reason for failure in commit.failed)
+    assert (commit.rows, commit.status) == (0, {"absent": 1, "beyond-range": 9})
+    assert all("beyond the range of float16" in failure.reason for failure in commit.failed)
     stored = workshop.cached(teacher, "patches", loud["patches"], "float16")
     assert np.isnan(stored["values"][...]).all()
     assert np.isnan(stored["target_mean"][...]).all()
@@ -391,8 +391,10 @@ def test_a_unit_of_which_nothing_can_be_used_is_done_all_the_same(
 class Merging(FakeTeacher):
     """Gives one row for a whole batch, which must not be taken for the row of any image."""
 
-    def __call__(self, images_BSS3: np.ndarray) -> dict[str, torch.Tensor]:
-        return {output: x_BTD.mean(0, keepdim=True) for output, x_BTD in super().__call__(images_BSS3).items()}
+    def __call__(self, images_BSS3: np.ndarray, extents_B2: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        return {
+            output: x_BTD.mean(0, keepdim=True) for output, x_BTD in super().__call__(images_BSS3, extents_B2).items()
+        }
 
 
 def test_features_are_never_taken_for_those_of_another_image(workshop: Workshop, tar: Path) -> None:
@@ -501,11 +503,11 @@ class Fatal(FakeTeacher):
         super().__init__()
         self._die, self._batches = die, 0
 
-    def __call__(self, images_BSS3: np.ndarray) -> dict[str, torch.Tensor]:
+    def __call__(self, images_BSS3: np.ndarray, extents_B2: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         self._batches += 1
         if self._batches == 3:
             self._die()
-        return super().__call__(images_BSS3)
+        return super().__call__(images_BSS3, extents_B2)
 
 
 @pytest.mark.parametrize("phase", ["measure", "cache"])

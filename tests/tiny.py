@@ -89,7 +89,11 @@ class FakeTeacher(LoadedTeacher):
         self.outputs = {"patches": Output(4, dim, (2, 2)), "summary": Output(1, 8)}
         self._map_3D = np.random.default_rng(dim).standard_normal((3, dim))
 
-    def __call__(self, images_BSS3: np.ndarray) -> dict[str, torch.Tensor]:
+    def __call__(self, images_BSS3: np.ndarray, extents_B2: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        if extents_B2 is not None:
+            images_BSS3 = images_BSS3.copy()
+            for image_SS3, (height, width) in zip(images_BSS3, extents_B2, strict=True):
+                image_SS3[height:], image_SS3[:, width:] = 128, 128  # nearly zero once it is normalized
         patches = [self._patches(image_SS3) for image_SS3 in images_BSS3]
         patches_BTD = torch.from_numpy(np.stack(patches).astype(np.float32))
         return {"patches": patches_BTD, "summary": patches_BTD.mean(1, keepdim=True)[..., :8].contiguous() * 100}
@@ -113,11 +117,11 @@ class Misbehaving(LoadedTeacher):
         self.preprocessing, self.outputs = teacher.preprocessing, teacher.outputs
         self.largest_batch = 0
 
-    def __call__(self, images_BSS3: np.ndarray) -> dict[str, torch.Tensor]:
+    def __call__(self, images_BSS3: np.ndarray, extents_B2: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         if len(images_BSS3) > self._fits:
             raise torch.OutOfMemoryError(f"{len(images_BSS3)} images")
         self.largest_batch = max(self.largest_batch, len(images_BSS3))
-        features = {output: x_BTD.clone() for output, x_BTD in self._teacher(images_BSS3).items()}
+        features = {output: x_BTD.clone() for output, x_BTD in self._teacher(images_BSS3, extents_B2).items()}
         marks_B3 = images_BSS3[:, 0, 0]
         features["patches"][(marks_B3 == self.NAN).all(1), 0, 0] = torch.nan
         if (marks_B3 == self.WRONG_SHAPE).all(1).any():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from statsvc.backends import backend
@@ -15,6 +17,7 @@ from statsvc.layout import (
     fit_path,
     groups,
     moments_arrays,
+    raw_set_name,
     sample_arrays,
     set_name,
     teacher_status,
@@ -25,9 +28,12 @@ from statsvc.store import Store
 from workers.dataset import expand
 from workers.fingerprint import fingerprint, settle
 from workers.fit import fit_digest
+from workers.index import RESTORE
 from workers.job import TeacherJob, Unit
 from workers.pilot import Pilot
 from workers.record import RunRecord
+from workers.sizes import told_samples
+from workers.source import size_of
 from workers.teachers import resolve
 from workers.teachers.base import Resolved
 
@@ -47,7 +53,7 @@ class Agenda:
 
     def __init__(self, plan: Plan, resolved: dict[str, Resolved] | None = None) -> None:
         self.plan = plan
-        self.shards = {shard.name: shard for shard in expand(plan.data.shards)}
+        self.shards = {shard.name: shard for shard in expand(plan.data)}
         if resolved is None:  # hashing the weights takes a while
             resolved = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}
         self.resolved = resolved
@@ -121,20 +127,35 @@ class Agenda:
         return [name for name in self.shards if name not in bad and name not in self.changed]
 
     def _changed(self) -> dict[str, str]:
-        """The dataset shards whose size is not that of their index. What else changes is found by its checksum."""
+        """The dataset shards whose size is not that of their index. What else changes is found by its checksum.
+
+        No server is asked for the size of a URL: that would be one request for every dataset shard at every start, and
+        the checksum tells as much when it is read again.
+        """
         found = {}
         for commit in self._index():
             shard = self.shards.get(commit.name or "")
-            if shard is not None and (size := Path(shard.location).stat().st_size) != commit.size:
-                found[shard.name] = (
-                    f"has changed since it was indexed: {size} bytes, then {commit.size}; restore the file, or give "
-                    "the new one another name"
-                )
+            if shard is not None and (size := size_of(shard.location)) not in (None, commit.size):
+                found[shard.name] = f"has changed since it was indexed: {size} bytes, then {commit.size}; {RESTORE}"
         return found
 
     def is_fitted(self, teacher: str) -> bool:
-        there = self.has_store and teacher in self.store.teachers()
-        return there and self.backend.size(fit_path(teacher)) is not None
+        """Whether a teacher has the fit that is due: on its pilot, and near the fits that a refit was asked to be near.
+
+        A refit writes its pilot down first, so one that was broken off is taken up again.
+        """
+        if not (self.has_store and teacher in self.store.teachers()) or self.backend.size(fit_path(teacher)) is None:
+            return False
+        due = self.known_pilot([teacher])
+        if due is None:
+            return True
+        near = due.get("near", {}).get(teacher, {})
+        return all(
+            (report["pilot"], report.get("options")) == (due["shards"], due.get("options"))
+            and (method != "phi-s" or report.get("near") == near.get(output))
+            for output, methods in self.store.teacher(teacher).report().items()
+            for method, report in methods.items()
+        )
 
     def arrays(self) -> Iterator[ArraySpec]:
         """Every array that the store must describe by now: of samples, of its teachers, of those that are fitted."""
@@ -147,23 +168,32 @@ class Agenda:
             yield teacher_status(name, rows)
             for output, shape in outputs.items():
                 yield from moments_arrays(name, output, shape.dim).values()
-            if not self.is_fitted(name):
+            if not self._is_cacheable(name):
                 continue
-            job, reports = self._cache_job(name), self.store.teacher(name).report()
+            job = self._cache_job(name)
+            reports = self.store.teacher(name).report() if job.transforms else {}
             for output, shape in outputs.items():
                 yield from cache_arrays(
                     name,
                     job.cache_set,
                     output,
                     dtype=job.dtype,
-                    transform=job.transforms[output],
+                    transform=job.transforms.get(output),
                     tokens=shape.tokens,
-                    k=reports[output][self.plan.normalize]["rank"],
+                    k=reports[output][self.plan.normalize]["rank"] if job.transforms else shape.dim,
                     rows=rows,
                 ).values()
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether features are cached in the teacher's own space, which needs no fit."""
+        return self.plan.targets.space == "teacher"
+
+    def _is_cacheable(self, teacher: str) -> bool:
+        return self.is_fitted(teacher) or (self.is_raw and self.has_store and teacher in self.store.teachers())
+
     def known_pilot(self, teachers: list[str]) -> dict[str, Any] | None:
-        """The pilot that some of these teachers were measured with already: {teachers, shards}."""
+        """The pilot that some of these teachers were measured with already: {teachers, shards, options, near}."""
         folder = commit_folder("pilot")
         for name in self.backend.list(folder):
             record = unseal(f"{folder}/{name}", self.backend.read(f"{folder}/{name}"))
@@ -172,18 +202,26 @@ class Agenda:
         return None
 
     def measure_units(self, teachers: list[str], order: list[str], pilot: Pilot) -> Iterator[Unit]:
-        """The units of the pilot that have no commit, until the pilot is complete."""
+        """The units of the pilot that have no commit, until the pilot is complete.
+
+        Features that are kept in the teacher's own space are cached in the same pass, where they are not yet.
+        """
         ledger = self.store.ledger
         jobs = {t: TeacherJob(t, fingerprint(self.settings[t]), self.store.teacher(t).outputs) for t in teachers}
         for name in order:
             if pilot.complete:
                 return
             missing = [jobs[t] for t in teachers if ledger.read("measure", self.numbers[name], t) is None]
+            if self.is_raw:
+                raw = {job.name: self._cache_job(job.name) for job in missing}
+                shard = self.numbers[name]
+                missing = [raw[t] if ledger.read("cache", shard, t, raw[t].cache_set) is None else jobs[t] for t in raw]
             if missing:
-                yield self._unit("measure", name, missing)
+                limit = tokens_per_image(self.plan, name)
+                yield self._unit("measure", name, [replace(job, tokens_per_image=limit) for job in missing])
 
     def cache_units(self) -> Iterator[Unit]:
-        """The units of the cache phase that have no commit; every teacher must be fitted."""
+        """The units of the cache phase that have no commit; every teacher must be fitted, unless features stay raw."""
         ledger = self.store.ledger
         jobs = self.cache_jobs()
         done = [set(ledger.shards("cache", job.name, job.cache_set)) for job in jobs]
@@ -195,30 +233,40 @@ class Agenda:
     def uncached(self, teacher: str) -> list[str]:
         """The dataset shards that the cache phase would do for one teacher, fitted or not."""
         names = self.usable("cache")
-        if not self.has_store or not self.is_fitted(teacher):
+        if not self._is_cacheable(teacher):
             return names
         job = self._cache_job(teacher)
         done = set(self.store.ledger.shards("cache", teacher, job.cache_set))
         return [name for name in names if self.numbers.get(name) not in done]
 
     def count_samples(self, name: str) -> int:
-        """Samples of a dataset shard: from its index, else as many as it may have, else counted in the tar itself."""
+        """Samples of a dataset shard: from its index, else as many as it may have, else as told, else counted."""
         if name in self.numbers and (commit := self.store.ledger.read("index", self.numbers[name])):
             return commit.samples or 0
         if self.plan.data.rows_per_shard is not None:
             return self.plan.data.rows_per_shard
+        if name in self.told_samples:
+            return self.told_samples[name]
         from workers.shards import ShardReader
 
-        reader = ShardReader(Path(self.shards[name].location), self.plan.data.images, keep_images=False)
-        return sum(1 for _ in reader)
+        return sum(1 for _ in ShardReader(self.shards[name].location, self.plan.data.images, keep_images=False))
+
+    @cached_property
+    def told_samples(self) -> dict[str, int]:
+        """Samples of the dataset shards without an index for which they are known without reading them."""
+        known = self.known_numbers()
+        return told_samples(shard for name, shard in self.shards.items() if name not in known)
 
     def cache_jobs(self) -> list[TeacherJob]:
-        """What the cache phase must know of each teacher; every one must be fitted."""
+        """What the cache phase must know of each teacher; every one must be fitted, unless features stay raw."""
         return [self._cache_job(name) for name in self.plan.teachers]
 
     def _cache_job(self, name: str) -> TeacherJob:
         teacher = self.store.teacher(name)
-        fits, method, dtype = teacher.fits(), self.plan.normalize, self.plan.targets.dtype
+        dtype = self.plan.targets.dtype
+        if self.is_raw:
+            return TeacherJob(name, teacher.fingerprint, teacher.outputs, raw_set_name(dtype), dtype)
+        fits, method = teacher.fits(), self.plan.normalize
         cache_set = set_name(method, fit_digest(fits, method), dtype)
         transforms = {output: fits[output][method] for output in fits}
         return TeacherJob(name, teacher.fingerprint, teacher.outputs, cache_set, dtype, transforms)
@@ -237,4 +285,13 @@ class Agenda:
             images=self.plan.data.images,
             rows_per_shard=self.store.rows_per_shard,
             batch_size=next(iter(self.settings.values()))["batch_size"],
+            view=self.plan.views.kind,
         )
+
+
+def tokens_per_image(plan: Plan, name: str) -> int | None:
+    """How many patches of each image of a dataset shard are measured; None: all."""
+    asked = plan.statistics.tokens_per_image
+    if not isinstance(asked, dict):
+        return asked
+    return next((count for pattern, count in asked.items() if fnmatchcase(name, pattern)), None)

@@ -5,63 +5,125 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import braceexpand
 
 from statsvc.errors import PlanError
+from statsvc.plan import Data
+from workers.folder import FolderShard, cut_folder
+from workers.urls import check_url, file_name, is_url, shown
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetShard:
-    """A tar: its name in the store, and where it lies now. Only the name is kept in the store's objects."""
+    """Its name in the store, and where it lies now. Only the name is kept in the store's objects.
+
+    location  path or URL of a tar, or a part of a folder
+    """
 
     name: str
-    location: str
+    location: str | FolderShard
 
 
-def expand(patterns: tuple[str, ...]) -> list[DatasetShard]:
+def expand(data: Data) -> list[DatasetShard]:
     """All dataset shards of a plan, sorted by name. Raises PlanError for what is missing, doubled or not allowed."""
-    found: dict[str, str] = {}
-    for pattern in patterns:
+    found: dict[str, DatasetShard] = {}
+    folders: dict[str, str] = {}
+    for pattern in data.shards:
         for location in _expand_one(pattern):
-            name = Path(location).name
-            if not Path(found.setdefault(name, location)).samefile(location):
+            if not is_url(location) and Path(location).is_dir():
+                if (folder := os.path.realpath(location)) not in folders:
+                    folders[folder] = location
+                    for part in cut_folder(location, data.images, data.images_per_shard):
+                        _add(found, DatasetShard(part.name, part))
+            else:
+                name = file_name(location) if is_url(location) else Path(location).name
+                _add(found, DatasetShard(name, location))
+    _refuse_nested(folders)
+    return [found[name] for name in sorted(found)]
+
+
+def _add(found: dict[str, DatasetShard], shard: DatasetShard) -> None:
+    other = found.setdefault(shard.name, shard)
+    if not _is_same(other.location, shard.location):
+        raise PlanError(
+            f"data.shards: {shown(str(other.location))} and {shown(str(shard.location))} have one name; the store "
+            "tells dataset shards apart by their file names: rename one, or link it under another name"
+        )
+
+
+def _is_same(one: str | FolderShard, other: str | FolderShard) -> bool:
+    if one == other:
+        return True
+    if isinstance(one, FolderShard) or isinstance(other, FolderShard) or is_url(one) or is_url(other):
+        return False
+    return Path(one).samefile(other)
+
+
+def _refuse_nested(folders: dict[str, str]) -> None:
+    """A folder is read with all that is below it, so one inside another would be read twice."""
+    for inner in folders:
+        for outer in map(str, Path(inner).parents):
+            if outer in folders:
                 raise PlanError(
-                    f"data.shards: {found[name]} and {location} have one name; the store tells dataset shards apart by "
-                    "their file names: rename one, or link it under another name"
+                    f"data.shards: the folder {folders[inner]!r} lies in {folders[outer]!r}, which is read with all "
+                    "below it; name one of them, or the tars that are meant"
                 )
-    return [DatasetShard(name, found[name]) for name in sorted(found)]
 
 
 def _expand_one(pattern: str) -> list[str]:
-    _refuse_all_but_paths(pattern)
+    """Paths and URLs. What is local exists."""
+    _refuse_strange(pattern)
     try:
-        locations = list(braceexpand.braceexpand(pattern.removeprefix("file://")))
+        locations = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
-        raise PlanError(f"data.shards: {pattern!r} has unbalanced braces; write it like {{000000..000099}}") from error
+        raise PlanError(
+            f"data.shards: {shown(pattern)!r} has unbalanced braces; write it like {{000000..000099}}"
+        ) from error
     expanded: list[str] = []
     for location in locations:
-        _refuse_all_but_paths(location)
-        location = os.path.expanduser(location)  # noqa: PTH111  (a Path would change what messages show)
-        is_pattern = glob.has_magic(location) and not Path(location).is_file()
-        # glob, not Path.glob: patterns may be absolute.
-        matches = sorted(glob.glob(location, recursive=True)) if is_pattern else [location]  # noqa: PTH207
-        if not matches:
-            raise PlanError(f"data.shards: {location!r} matches no file; check the folder and the pattern")
-        for match in matches:
-            if not Path(match).is_file():
-                raise PlanError(f"data.shards: there is no file {match!r}; check the path")
-        expanded += matches
+        _refuse_strange(location)
+        if is_url(location):
+            check_url(location)
+            expanded.append(location)
+        else:
+            # A Path would change what messages show.
+            expanded += _local(os.path.expanduser(location.removeprefix("file://")))  # noqa: PTH111
     return expanded
 
 
-def _refuse_all_but_paths(pattern: str) -> None:
+def _local(location: str) -> Iterable[str]:
+    is_pattern = glob.has_magic(location) and not Path(location).exists()
+    # glob, not Path.glob: patterns may be absolute.
+    matches = sorted(glob.glob(location, recursive=True)) if is_pattern else [location]  # noqa: PTH207
+    if not matches:
+        raise PlanError(f"data.shards: {shown(location)!r} matches no file; check the folder and the pattern")
+    for match in matches:
+        if not match or not (Path(match).is_file() or Path(match).is_dir()):
+            raise PlanError(f"data.shards: there is no file {shown(match)!r}; check the path")
+    return matches
+
+
+def _refuse_strange(pattern: str) -> None:
+    """Raises PlanError for all but paths and URLs that can be read."""
     if pattern.strip().lower().startswith(("pipe:", "fifo:", "exec:", "shell:")) or "|" in pattern:
-        raise PlanError(f"data.shards: {pattern!r} would run a command; name tar files, and fetch them beforehand")
-    if "://" in pattern and not pattern.startswith("file://"):
-        raise PlanError(f"data.shards: {pattern!r} is not a local path; copy the shards or mount their storage")
+        raise PlanError(
+            f"data.shards: {shown(pattern)!r} would run a command; name tar files, and fetch them beforehand"
+        )
+    scheme = pattern.partition("://")[0].lower()
+    if scheme == "s3":
+        raise PlanError(
+            f"data.shards: {shown(pattern)!r}: s3:// cannot be read yet; use https:// URLs of its objects (signed "
+            "ones, where the bucket is private), or copy the shards"
+        )
+    if "://" in pattern and scheme.isalnum() and scheme not in ("file", "http", "https"):
+        raise PlanError(
+            f"data.shards: {shown(pattern)!r} is neither a local path nor https://; copy the shards or mount their "
+            "storage"
+        )
 
 
 def number(names: list[str], known: dict[str, int]) -> dict[str, int]:

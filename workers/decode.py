@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from statsvc.errors import PlanError, StatsvcError
-from statsvc.views import Box, center
+from statsvc.views import KINDS, Box, extent
 
 # By content, whatever the extension. Pillow knows other formats, some of which start external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -63,27 +63,35 @@ class Decoded:
     """One view of an image, for every teacher.
 
     box          the view in the upright image
-    arrays_HW3   uint8 [size, size, 3] per resize, in the order of the resizes; equal resizes share one array
+    arrays_HW3   uint8 [size, size, 3] per resize, in the order of the resizes; equal resizes share one array. A view
+                 that is no square fills the top left corner, the rest is zero
     """
 
     box: Box
     arrays_HW3: tuple[NDArray[np.uint8], ...]
 
 
-def decode_views(image: bytes, resizes: tuple[Resize, ...]) -> Decoded | str:
-    """The centre view of an image, resized for every teacher; the reason as text if it cannot be decoded."""
+def decode_views(image: bytes, resizes: tuple[Resize, ...], kind: str = "center") -> Decoded | str:
+    """The view of an image, resized for every teacher; the reason as text if it cannot be decoded."""
     try:
         upright = decode(image)
     except Undecodable as error:
         return str(error)
-    box = center(upright.width, upright.height)
+    box = KINDS[kind](upright.width, upright.height)
     # Cropped first: with its `box` argument, Pillow's filter would reach for pixels outside of the view.
-    square = upright.crop((box.x, box.y, box.x + box.w, box.y + box.h))
-    arrays_HW3 = {
-        resize: np.asarray(square.resize((resize.size, resize.size), INTERPOLATIONS[resize.interpolation]))
-        for resize in dict.fromkeys(resizes)
-    }
+    view = upright.crop((box.x, box.y, box.x + box.w, box.y + box.h))
+    arrays_HW3 = {resize: _resized(view, box, resize) for resize in dict.fromkeys(resizes)}
     return Decoded(box, tuple(arrays_HW3[resize] for resize in resizes))
+
+
+def _resized(view: Image.Image, box: Box, resize: Resize) -> NDArray[np.uint8]:
+    height, width = extent(box, resize.size)
+    pixels_HW3 = np.asarray(view.resize((width, height), INTERPOLATIONS[resize.interpolation]))
+    if height == width:
+        return pixels_HW3
+    square_HW3 = np.zeros((resize.size, resize.size, 3), np.uint8)
+    square_HW3[:height, :width] = pixels_HW3
+    return square_HW3
 
 
 def decode(image: bytes) -> Image.Image:

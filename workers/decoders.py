@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from statsvc.errors import EngineError, PlanError
 from workers.decode import Decoded, Resize, decode_views
@@ -66,7 +66,9 @@ class Decoders:
         for decoder in self._decoders:
             decoder.close()
 
-    def map(self, jobs: Iterable[tuple[T, bytes]], resizes: tuple[Resize, ...]) -> Iterator[tuple[T, Decoded | str]]:
+    def map(
+        self, jobs: Iterable[tuple[T, bytes]], resizes: tuple[Resize, ...], view: str = "center"
+    ) -> Iterator[tuple[T, Decoded | str]]:
         """Decode the image of every job; what comes with it comes back beside the result.
 
         Results keep the order of the jobs. `jobs` is pulled only as far ahead as the window reaches, so that memory
@@ -77,7 +79,7 @@ class Decoders:
         try:
             while True:
                 for tag, image in islice(remaining, self.window - len(pending)):
-                    pending.append((tag, self._threads.submit(self._decode, image, resizes)))
+                    pending.append((tag, self._threads.submit(self._decode, image, resizes, view)))
                 if not pending:
                     return
                 tag, future = pending.popleft()
@@ -86,10 +88,10 @@ class Decoders:
             for _, future in pending:
                 future.cancel()
 
-    def _decode(self, image: bytes, resizes: tuple[Resize, ...]) -> Decoded | str:
+    def _decode(self, *job: Any) -> Decoded | str:
         decoder = self._idle.get()
         try:
-            return decoder.decode(image, resizes)
+            return decoder.decode(*job)
         finally:
             self._idle.put(decoder)  # also a dead one: whoever waits here must find out
 
@@ -104,9 +106,10 @@ class _Decoder:
         self.process.start()
         theirs.close()  # or our pipe would not break when the process dies
 
-    def decode(self, image: bytes, resizes: tuple[Resize, ...]) -> Decoded | str:
+    def decode(self, *job: Any) -> Decoded | str:
+        """What `decode_views` makes of it."""
         try:
-            self.connection.send((image, resizes))
+            self.connection.send(job)
             result: Decoded | str = self.connection.recv()
         except (OSError, EOFError) as error:
             self.process.join(1)
@@ -124,14 +127,13 @@ class _Decoder:
         self.process.close()
 
 
-def _serve(connection: "Connection[object, tuple[bytes, tuple[Resize, ...]]]") -> None:
+def _serve(connection: "Connection[object, tuple[bytes, tuple[Resize, ...], str]]") -> None:
     """The life of a decoder process. It ends when the other end of the pipe is closed, be it by the parent's death."""
     # Ctrl-C reaches the whole process group; the driver decides when decoders end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         while True:
-            image, resizes = connection.recv()
-            connection.send(decode_views(image, resizes))
+            connection.send(decode_views(*connection.recv()))
     except (EOFError, OSError):
         return
 

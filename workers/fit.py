@@ -11,19 +11,25 @@ import numpy as np
 
 from statsvc.arrays import publish
 from statsvc.canonical import sha256
-from statsvc.errors import CannotFit, NoHadamardMatrix
+from statsvc.errors import CannotFit
 from statsvc.layout import fit_path, report_path, transform_path
 from statsvc.ledger import seal
 from statsvc.moments import Moments
 from statsvc.normalizations import METHODS, fit
+from statsvc.plan import Plan, Whitening
 from statsvc.store import Store, Teacher
 from workers.pilot import Confidence, Pilot, confidence
 
 
-def fit_teacher(store: Store, name: str, pilot: Pilot) -> dict[str, dict[str, Any]]:
+def fit_teacher(
+    store: Store, name: str, pilot: Pilot, options: dict[str, Any] | None = None, near: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Publish transforms and reports, then the fit commit that points to them; returns the commit's content.
 
     A method that must refuse is entered with its reason and never fails the run.
+
+    options  what the plan says on fitting (see fit_options); None: the defaults
+    near     by output, the digest of the phi-s transform that the new one is to be near
     """
     teacher = store.teacher(name)
     fits: dict[str, dict[str, Any]] = {}
@@ -32,12 +38,20 @@ def fit_teacher(store: Store, name: str, pilot: Pilot) -> dict[str, dict[str, An
         about = _about(teacher, output, moments, pilot)
         fits[output] = {}
         for method in METHODS:
+            close_to = (near or {}).get(output) if method == "phi-s" else None
             try:
-                transform = fit(moments, method, output=output, fingerprint=teacher.fingerprint)
-            except (CannotFit, NoHadamardMatrix) as error:
+                transform = fit(
+                    moments,
+                    method,
+                    **of_method(options, method),
+                    near=store.transform(close_to) if close_to else None,
+                    output=output,
+                    fingerprint=teacher.fingerprint,
+                )
+            except CannotFit as error:
                 fits[output][method] = {"refused": str(error)}
                 continue
-            trust = confidence(pilot.halves[name, output], method)
+            trust = confidence(pilot.halves[name, output], method, of_method(options, method))
             publish(store.backend, transform_path(transform.digest), transform.to_bytes())
             report = {
                 **about,
@@ -47,12 +61,27 @@ def fit_teacher(store: Store, name: str, pilot: Pilot) -> dict[str, dict[str, An
                 "rank": transform.rank,
                 "rotation": transform.rotation,
                 "hadamard": transform.hadamard,
+                "options": options,
+                "near": close_to,
                 **_trust(trust),
             }
             publish(store.backend, report_path(transform.digest), seal(report))
             fits[output][method] = transform.digest
     store.backend.write(fit_path(name), seal(fits))
     return fits
+
+
+DEFAULT_OPTIONS = {"rank": None, **Whitening().model_dump()}
+
+
+def fit_options(plan: Plan) -> dict[str, Any]:
+    """What a plan says on fitting, beside the statistics; kept with the pilot, so that a repair fits alike."""
+    return {"rank": plan.targets.rank, **plan.whitening.model_dump()}
+
+
+def of_method(options: dict[str, Any] | None, method: str) -> dict[str, Any]:
+    """The options that a method takes: only phi-s knows a rank."""
+    return {name: value for name, value in (options or {}).items() if name != "rank" or method == "phi-s"}
 
 
 def fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:

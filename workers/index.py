@@ -12,6 +12,8 @@ from statsvc.layout import sample_arrays
 from statsvc.ledger import Commit, Failure, Ledger
 from workers.shards import ShardSummary
 
+RESTORE = "restore the file (of a folder: all its files, and data.images_per_shard), or give the new one another name"
+
 
 def index_shard(
     shard: int, name: str, summary: ShardSummary, rows_per_shard: int, backend: Backend, ledger: Ledger
@@ -26,7 +28,7 @@ def index_shard(
         if (known.samples, known.size, known.etag) != (summary.samples, summary.size, summary.etag):
             raise ShardChanged(
                 f"dataset shard {name} has changed since it was indexed: {summary.size} bytes with {summary.etag}, "
-                f"then {known.size} bytes with {known.etag}; restore the file, or give the new one another name"
+                f"then {known.size} bytes with {known.etag}; {RESTORE}"
             )
         return
     if summary.samples > rows_per_shard:

@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from statsvc.layout import Output
+from workers.folder import FolderShard
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherJob:
-    """What a worker must know about one teacher to do a unit; the rest stands in the store."""
+    """What a worker must know about one teacher to do a unit; the rest stands in the store.
+
+    cache_set         in the measure phase: the features are cached there in the same pass
+    transforms        digest by output; an output without one is cached in the teacher's own space
+    tokens_per_image  patches of each image that are measured; None: all
+    """
 
     name: str
     fingerprint: str
     outputs: dict[str, Output]
     cache_set: str = ""
     dtype: str = ""
-    transforms: dict[str, str] = field(default_factory=dict)  # digest by output
+    transforms: dict[str, str] = field(default_factory=dict)
+    tokens_per_image: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +33,12 @@ class Unit:
     phase: str
     shard: int
     name: str  # of the dataset shard
-    location: str
+    location: str | FolderShard
     teachers: tuple[TeacherJob, ...]
     images: tuple[str, ...]
     rows_per_shard: int
     batch_size: int
+    view: str = "center"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,21 +8,19 @@ from __future__ import annotations
 import threading
 from dataclasses import asdict
 from itertools import accumulate
-from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from statsvc.arrays import declare_arrays, declare_group
 from statsvc.codec import codec
 from statsvc.errors import DiskFull, Interrupted, PlanError, UnreadableShard
-from statsvc.layout import FORMAT, Output, pilot_path, sample_arrays
-from statsvc.ledger import attributes, seal
-from statsvc.plan import Statistics
+from statsvc.layout import FORMAT, Output, commit_folder, pilot_path, sample_arrays
+from statsvc.ledger import attributes, seal, unseal
+from statsvc.plan import Plan, Statistics
 from workers.agenda import Agenda
 from workers.dataset import number, pilot_order
 from workers.engines.base import ATTEMPTS, Engine
 from workers.fingerprint import fingerprint
-from workers.fit import fit_teacher
+from workers.fit import fit_options, fit_teacher, of_method
 from workers.index import index_shard
 from workers.job import Unit
 from workers.lease import Lease
@@ -55,22 +53,24 @@ class Phases:
         self._backend.sweep()  # of workers that died and were replaced
 
     def index(self) -> None:
-        """Number the dataset shards. Without rows_per_shard all new ones are read first, to learn what it must be."""
-        agenda, summaries = self._agenda, dict[str, ShardSummary]()
+        """Number the dataset shards. Without rows_per_shard, those new ones are read first that are not told of."""
+        agenda, summaries, told = self._agenda, dict[str, ShardSummary](), dict[str, int]()
         new = [name for name in agenda.usable("index") if name not in agenda.numbers]
         rows = (
             agenda.store.rows_per_shard if agenda.has_store else agenda.indexed_rows or self._plan.data.rows_per_shard
         )
         if self._plan.data.rows_per_shard is None and new:
-            with self._show.phase("index", len(new), "dataset shards") as bar:
-                for name in new:
+            told = {name: agenda.told_samples[name] for name in new if name in agenda.told_samples}
+        if self._plan.data.rows_per_shard is None and len(told) < len(new):
+            with self._show.phase("index", len(new) - len(told), "dataset shards") as bar:
+                for name in (name for name in new if name not in told):
                     summary = self._scan(name)
                     if summary is not None:
                         summaries[name] = summary
                     bar.advance(1)
                     self._check()
         if rows is None:
-            rows = max((summary.samples for summary in summaries.values()), default=0)
+            rows = max((*told.values(), *(summary.samples for summary in summaries.values())), default=0)
         if not rows:
             raise UnreadableShard(
                 f"none of the {len(agenda.shards)} dataset shards of the plan holds a sample that could be read; check "
@@ -83,7 +83,7 @@ class Phases:
         for name in [name for name, summary in summaries.items() if summary.samples > rows]:
             self._quarantine("index", name, f"holds {summaries.pop(name).samples} samples, this store keeps {rows}")
         known = agenda.known_numbers()
-        lazy = agenda.usable("index") if self._plan.data.rows_per_shard is not None else []
+        lazy = agenda.usable("index") if self._plan.data.rows_per_shard is not None else told
         agenda.numbers = number([*summaries, *lazy], known)
         declare_arrays(self._backend, sample_arrays(rows).values(), self._shard_count())
         for name, summary in summaries.items():
@@ -93,20 +93,53 @@ class Phases:
     def fit(self) -> None:
         """Measure and fit the teachers that are not fitted.
 
-        The pilot is written down before the first fit. It holds for all its teachers, whatever dies between their fits,
-        and for a fit that has to be repaired after the store has grown.
+        The pilot is written down before the first fit, with the options of the fits. It holds for all its teachers,
+        whatever dies between their fits, and for a fit that has to be repaired after the store has grown.
         """
         agenda = self._agenda
         while unfitted := [name for name in self._plan.teachers if not agenda.is_fitted(name)]:
-            known = agenda.known_pilot(unfitted)
-            teachers = [name for name in unfitted if known is None or name in known["teachers"]]
-            pilot = self.measure(teachers, known["shards"] if known else None)
-            if known is None:
-                record = {"teachers": teachers, "shards": pilot.shards}
+            record = agenda.known_pilot(unfitted)
+            teachers = [name for name in unfitted if record is None or name in record["teachers"]]
+            pilot = self.measure(teachers, record["shards"] if record else None)
+            if record is None:
+                record = {"teachers": teachers, "shards": pilot.shards, "options": fit_options(self._plan)}
                 self._backend.write(pilot_path(teachers), seal(record))
             for name in teachers:
-                fit_teacher(agenda.store, name, pilot)
+                fit_teacher(agenda.store, name, pilot, record.get("options"), record.get("near", {}).get(name))
                 self._check()
+
+    def refit(self, near: dict[str, dict[str, str]]) -> bool:
+        """Measure a new pilot over all dataset shards there are now and fit anew; False where nothing has changed.
+
+        near  by teacher and output, the digest of the transform that the new phi-s is to be near
+        """
+        agenda, teachers = self._agenda, list(near)
+        pilot = self.measure(teachers, None)
+        record = {"teachers": teachers, "shards": pilot.shards, "options": fit_options(self._plan), "near": near}
+        before = [agenda.known_pilot([name]) or {} for name in teachers]
+        # On the moments it was fitted to, what is near a fit is that fit.
+        kept = ("shards", "options") if any(near.values()) else ("shards", "options", "near")
+        if all(old.get(key) == record[key] for old in before for key in kept):
+            return False
+        self._replace_pilots(record)
+        self.fit()
+        return True
+
+    def _replace_pilots(self, record: dict[str, Any]) -> None:
+        """Write a pilot down in the place of those that its teachers had; the other teachers of those keep theirs."""
+        folder, paths = commit_folder("pilot"), {pilot_path(record["teachers"])}
+        old = {f"{folder}/{name}": unseal(f"{folder}/{name}", self._backend.read(f"{folder}/{name}"))
+               for name in self._backend.list(folder)}  # fmt: skip
+        for path, content in old.items():
+            rest = [name for name in content["teachers"] if name not in record["teachers"]]
+            if rest == content["teachers"]:
+                paths.add(path)
+            elif rest:
+                paths.add(pilot_path(rest))
+                self._backend.write(pilot_path(rest), seal({**content, "teachers": rest}))
+        self._backend.write(pilot_path(record["teachers"]), seal(record))
+        for path in old.keys() - paths:
+            self._backend.remove(path)
 
     def measure(self, teachers: list[str], known: list[int] | None) -> Pilot:
         """Measure dataset shards in pilot order until the pilot is complete or all are done; or a known pilot's."""
@@ -115,7 +148,8 @@ class Phases:
         if known is not None:
             names = {shard: name for name, shard in agenda.numbers.items()}
             order, statistics = [names[shard] for shard in known], Statistics(images="all")
-        pilot = Pilot(agenda.store, teachers, statistics, self._plan.normalize)
+        method = self._plan.normalize
+        pilot = Pilot(agenda.store, teachers, statistics, method, of_method(fit_options(self._plan), method))
         waiting = list(order)
 
         def take_measured() -> None:
@@ -128,6 +162,8 @@ class Phases:
                 waiting.pop(0)
 
         take_measured()
+        if agenda.is_raw:
+            self._check_space(list(agenda.cache_units()))
         limit = statistics.images or statistics.max_images
         samples = list(accumulate(agenda.count_samples(name) for name in waiting))
         # Whole dataset shards are measured, so the last of them goes beyond the limit.
@@ -164,7 +200,7 @@ class Phases:
     def _scan(self, name: str) -> ShardSummary | None:
         """Read a dataset shard for its index; None once it is given up."""
         for attempt in range(1, ATTEMPTS + 1):
-            reader = ShardReader(self._location(name), self._plan.data.images, keep_images=False)
+            reader = ShardReader(self._agenda.shards[name].location, self._plan.data.images, keep_images=False)
             try:
                 for _ in reader:
                     pass
@@ -173,9 +209,6 @@ class Phases:
                 if attempt == ATTEMPTS:
                     self._quarantine("index", name, str(error))
         return None
-
-    def _location(self, name: str) -> Path:
-        return Path(self._agenda.shards[name].location)
 
     def _declare_teachers(self) -> None:
         """Describe every teacher and its arrays; what stands there already is left alone."""
@@ -203,7 +236,7 @@ class Phases:
         """Raises DiskFull before the first target is written."""
         free = self._backend.free_bytes()
         needed = sum(
-            self._agenda.count_samples(unit.name) * row_bytes(job.outputs, job.dtype)
+            self._agenda.count_samples(unit.name) * row_bytes(job.outputs, self._plan)
             for unit in units
             for job in unit.teachers
         )
@@ -230,11 +263,7 @@ class Phases:
             raise Interrupted(f"interrupted; all finished dataset shards are kept: {AGAIN}")
 
 
-def row_bytes(outputs: dict[str, Output], dtype: str) -> int:
+def row_bytes(outputs: dict[str, Output], plan: Plan) -> int:
     """Bytes of one row of all outputs with checksums and index entries."""
-    total = 0
-    for shape in outputs.values():
-        for part in codec(dtype).arrays:
-            itemsize = np.dtype(part.dtype).itemsize
-            total += shape.tokens * shape.dim * itemsize + 20 if part.sharded else shape.tokens * itemsize
-    return total
+    asked = codec(plan.targets.dtype)
+    return sum(asked.row_nbytes(shape.tokens, plan.targets.rank or shape.dim) for shape in outputs.values())

@@ -11,6 +11,7 @@ Suffixes: k = channels of a target, D = channels of a teacher.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -40,11 +41,11 @@ class Confidence:
         return self.rms <= RMS_LIMIT and self.worst <= MAX_LIMIT
 
 
-def confidence(halves: Halves, method: str) -> Confidence | None:
-    """None where the halves are too small to tell."""
+def confidence(halves: Halves, method: str, options: dict[str, Any] | None = None) -> Confidence | None:
+    """None where the halves are too small to tell. options: of `fit`."""
     first, second = halves
     try:
-        matrix_kD = fit(first, method).matrix
+        matrix_kD = fit(first, method, **(options or {})).matrix
         covariances = first.covariance(), second.covariance()
     except StatsvcError:
         return None
@@ -57,11 +58,18 @@ def confidence(halves: Halves, method: str) -> Confidence | None:
 class Pilot:
     """Takes measured dataset shards in pilot order and says when there are enough of them."""
 
-    def __init__(self, store: Store, teachers: list[str], statistics: Statistics, method: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        teachers: list[str],
+        statistics: Statistics,
+        method: str,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         self.shards: list[int] = []
         self.images = 0
         self.halves: dict[tuple[str, str], Halves] = {}
-        self._store, self._statistics, self._method = store, statistics, method
+        self._store, self._statistics, self._method, self._options = store, statistics, method, options
         self._teachers = {name: store.teacher(name) for name in teachers}
         self._passed = 0
 
@@ -95,5 +103,5 @@ class Pilot:
     def _passes(self, teacher: str) -> bool:
         outputs = self._teachers[teacher].outputs
         decisive = "patches" if "patches" in outputs else next(iter(outputs))
-        found = confidence(self.halves[teacher, decisive], self._method)
+        found = confidence(self.halves[teacher, decisive], self._method, self._options)
         return found is not None and found.enough

@@ -10,6 +10,7 @@ from statsvc.canonical import canonical_json
 from statsvc.layout import RUN
 from statsvc.plan import Plan
 from workers.dataset import DatasetShard
+from workers.urls import shown
 
 
 class RunRecord:
@@ -27,9 +28,10 @@ class RunRecord:
             self._content = {}
 
     def write(self, plan: Plan, shards: dict[str, DatasetShard]) -> None:
-        """Record what is being run."""
+        """Record what is being run; of URLs, nothing that may be a secret."""
         self._content["plan"] = plan.model_dump(mode="json")
-        self._content["locations"] = {name: shard.location for name, shard in shards.items()}
+        self._content["plan"]["data"]["shards"] = [shown(pattern) for pattern in plan.data.shards]
+        self._content["locations"] = {name: shown(str(shard.location)) for name, shard in shards.items()}
         self.save()
 
     def quarantined(self, phase: str) -> dict[str, str]:

@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from statsvc.errors import Interrupted, NoHadamardMatrix, PlanError
-from statsvc.hadamard import construction
+from statsvc.errors import Interrupted, PlanError
 from statsvc.layout import Output
 from statsvc.plan import Plan
 from workers.agenda import Agenda
 from workers.engines import ENGINES
-from workers.engines.base import EngineSetup
+from workers.engines.base import Engine, EngineSetup
+from workers.fit import DEFAULT_OPTIONS, fit_options
 from workers.lease import Lease, wait_if_host_is_gone
 from workers.phases import AGAIN, Phases, row_bytes
 from workers.progress import Display
 from workers.summary import print_plan, print_summary
+from workers.worker import Ready
 
 
 def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False) -> int:
@@ -29,14 +30,34 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
     agenda = Agenda(plan)
     if retry:
         agenda.record.forget_quarantine()
+    check_fits(agenda)
     if not agenda.is_anything_missing():
         if retry and not dry_run:
             with Lease(agenda.backend):
                 agenda.record.save()
         show.line("nothing to do: every dataset shard of the plan is indexed, measured and cached")
         return _quarantine_report(agenda, show)
+    with started(agenda, show) as (engine, ready, stopping):
+        if dry_run:
+            sizes = {name: row_bytes(outputs, plan) for name, outputs in ready.outputs.items()}
+            print_plan(agenda, sizes, show)
+            return 0
+        with Lease(agenda.backend) as lease:
+            agenda = Agenda(plan, agenda.resolved)  # what another driver did until a moment ago counts
+            if retry:
+                agenda.record.forget_quarantine()
+            Phases(agenda, show, engine, ready, lease, stopping).run()
+    agenda = Agenda(plan, agenda.resolved)
+    print_summary(agenda, show)
+    return _quarantine_report(agenda, show)
+
+
+@contextmanager
+def started(agenda: Agenda, show: Display) -> Iterator[tuple[Engine, Ready, threading.Event]]:
+    """The engine with its teachers loaded, what they give, and the event that asks for an end."""
     # Before the teachers are loaded; the lease is taken, and asked for again, once they are.
     wait_if_host_is_gone(agenda.backend, show.line)
+    plan = agenda.plan
     with stopping_on_signals(show) as stopping:
         engine = ENGINES[plan.engine.kind](
             EngineSetup(
@@ -50,36 +71,36 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
         try:
             show.line(f"loading {', '.join(plan.teachers)}")
             ready = engine.start()
-            check_widths(plan, ready.outputs)
-            if dry_run:
-                sizes = {name: row_bytes(outputs, plan.targets.dtype) for name, outputs in ready.outputs.items()}
-                print_plan(agenda, sizes, show)
-                return 0
-            with Lease(agenda.backend) as lease:
-                agenda = Agenda(plan, agenda.resolved)  # what another driver did until a moment ago counts
-                if retry:
-                    agenda.record.forget_quarantine()
-                Phases(agenda, show, engine, ready, lease, stopping).run()
+            check_rank(plan, ready.outputs)
+            yield engine, ready, stopping
         finally:
             engine.close()
-    agenda = Agenda(plan, agenda.resolved)
-    print_summary(agenda, show)
-    return _quarantine_report(agenda, show)
 
 
-def check_widths(plan: Plan, outputs: dict[str, dict[str, Output]]) -> None:
-    """Raises PlanError where the plan's normalization cannot be had for a teacher's width."""
-    if plan.normalize != "phi-s":
-        return
+def check_rank(plan: Plan, outputs: dict[str, dict[str, Output]]) -> None:
+    """Raises PlanError where a teacher has fewer channels than the plan wants of its targets."""
     for name, shapes in outputs.items():
         for output, shape in shapes.items():
-            try:
-                construction(shape.dim)
-            except NoHadamardMatrix as error:
+            if plan.targets.rank is not None and plan.targets.rank > shape.dim:
                 raise PlanError(
-                    f"normalize: 'phi-s' needs a Hadamard matrix for the {shape.dim} channels of {output} of "
-                    f"teachers.{name}: {error}; use normalize: standardize or global"
-                ) from error
+                    f"targets.rank: {plan.targets.rank} is more than the {shape.dim} channels of {output} of "
+                    f"teachers.{name}; choose a smaller one"
+                )
+
+
+def check_fits(agenda: Agenda) -> None:
+    """Raises PlanError where the plan would fit in another way than the store's fits were made: none is redone."""
+    for name in agenda.plan.teachers:
+        known = agenda.known_pilot([name])
+        if known is None or agenda.is_raw:
+            continue
+        asked, made = fit_options(agenda.plan), known.get("options") or DEFAULT_OPTIONS
+        if differing := [key for key in asked if asked[key] != made[key]]:
+            values = ", ".join(f"{key} is {made[key]} there and {asked[key]} here" for key in differing)
+            raise PlanError(
+                f"teachers.{name}: the store {agenda.plan.store!r} holds fits made with other options: {values}. Use "
+                "those, or `statsvc refit PLAN`, which fits anew and leaves what is cached alone"
+            )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Dataset shards: one pass over a tar gives its samples in order, its checksum and everything that is wrong with it.
 
-    reader = ShardReader(path, ("jpg", "png"))
+    reader = ShardReader(location, ("jpg", "png"))
     for sample in reader: ...
     reader.summary            # after the last sample: count, key hashes, size, etag, problems
 
@@ -8,19 +8,19 @@ Keys, extensions and positions are those of webdataset, so that a training job t
 finds its rows. Nothing is extracted to disk: a member name is only ever a key.
 """
 
-import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from statsvc.errors import UnreadableShard
 from statsvc.layout import key_hash
+from workers.keys import split_name
+from workers.source import Location, open_source, show_location
 from workers.tar import Tar
 
 MAX_IMAGE_BYTES = 256 << 20
-META_NAME = re.compile(r"__[^/]*__(?:/|$)")  # the names webdataset keeps for itself
 
 
 class Problem(NamedTuple):
@@ -61,9 +61,9 @@ class ShardSummary:
     problems: list[Problem]
 
 
-def read_samples(path: Path, images: tuple[str, ...]) -> Iterator[Sample]:
+def read_samples(location: Location, images: tuple[str, ...]) -> Iterator[Sample]:
     """The samples of one tar, for those who need no summary."""
-    return iter(ShardReader(path, images))
+    return iter(ShardReader(location, images))
 
 
 class ShardReader:
@@ -72,8 +72,8 @@ class ShardReader:
     `keep_images=False` finds the same samples and problems and leaves every `image` None.
     """
 
-    def __init__(self, path: Path, images: tuple[str, ...], keep_images: bool = True) -> None:
-        self.path = path
+    def __init__(self, location: Location, images: tuple[str, ...], keep_images: bool = True) -> None:
+        self.location = location
         self.images = tuple(extension.lower() for extension in images)
         self.keep_images = keep_images
         self._summary: ShardSummary | None = None
@@ -81,31 +81,28 @@ class ShardReader:
     @property
     def summary(self) -> ShardSummary:
         if self._summary is None:
-            raise RuntimeError(f"{self.path}: no summary before the last sample was read; iterate to the end first")
+            where = show_location(self.location)
+            raise RuntimeError(f"{where}: no summary before the last sample was read; iterate to the end first")
         return self._summary
 
     def __iter__(self) -> Iterator[Sample]:
         self._summary = None
         try:
-            with Tar(self.path) as tar:
-                yield from self._samples(tar)
+            with closing(open_source(self.location)) as source:
+                yield from self._samples(Tar(source))
         except (OSError, tarfile.TarError, UnreadableShard) as error:
-            raise UnreadableShard(f"{self.path} cannot be read: {error}") from error
+            raise UnreadableShard(f"{show_location(self.location)} cannot be read: {error}") from error
 
     def _samples(self, tar: Tar) -> Iterator[Sample]:
-        # Here, because webdataset imports torch, and a run with nothing to do should not wait for it.
-        from webdataset.tariterators import base_plus_ext
-
         problems: list[Problem] = []
         key_hashes: list[bytes] = []
         first_positions: dict[bytes, int] = {}
         group: _Group | None = None
         for member in tar.members():
-            if not member.isreg() or META_NAME.match(member.name):
+            named = split_name(member.name)
+            if named is None or not member.isreg():
                 continue
-            key, extension = base_plus_ext(member.name)
-            if key is None:
-                continue
+            key, extension = named
             if group is None or group.key != key:
                 if group is not None:
                     yield group.finish(self.images, problems)
@@ -161,6 +158,8 @@ class _Group:
         if not self.extension and self.problem is None:
             found = ", ".join(list(self.extensions)[:8]) + (", ..." if len(self.extensions) > 8 else "")
             self.problem = f"no image: it has {found}; data.images accepts {', '.join(images)}"
+            if dotted := next((e for e in self.extensions if e.endswith(tuple(f".{i}" for i in images))), None):
+                self.problem += f". An extension begins at the first dot: name the file without others, or add {dotted}"
         problems += [Problem(self.key, self.position, reason) for reason in (self.problem, *self.remarks) if reason]
         return Sample(self.position, self.key, self.image, self.extension, self.problem, self.unusable)
 

@@ -21,25 +21,43 @@ def print_summary(agenda: Agenda, show: Display) -> None:
     """One line per teacher and output, then counts, bytes and the next steps."""
     store, plan = agenda.store, agenda.plan
     jobs = agenda.cache_jobs()
-    reports = {(job.name, o): store.teacher(job.name).report()[o][plan.normalize] for job in jobs for o in job.outputs}
+    reports = {
+        (job.name, output): _report(store, job, output, plan.normalize) for job in jobs for output in job.outputs
+    }
     wide = max(len("teacher"), *(len(job.name) for job in jobs))
-    show.line(f"{'':{wide}}                  as the teacher gives them          | after {plan.normalize}")
-    show.line(f"{'teacher':{wide}} output  width     std  std of channels  MSE share | variance of channels MSE share")
+    after = "" if agenda.is_raw else f"| after {plan.normalize}"
+    columns = "" if agenda.is_raw else "| variance of channels MSE share"
+    show.line(f"{'':{wide}}                  as the teacher gives them          {after}")
+    show.line(f"{'teacher':{wide}} output  width     std  std of channels  MSE share {columns}")
     for output in dict.fromkeys(output for _, output in reports):
         rows = {name: report for (name, of), report in reports.items() if of == output}
-        variances = {job.name: target_variance(store, job, output) for job in jobs if job.name in rows}
+        normalized = {} if agenda.is_raw else _normalized(store, [job for job in jobs if job.name in rows], output)
         before = sum(report["feature_variance"] for report in rows.values())
-        after = sum(float(np.nanmean(variance_k)) for variance_k in variances.values())
         for name, report in rows.items():
-            variance_k, (low, high) = variances[name], report["channel_std"]
+            low, high = report["channel_std"]
             show.line(
                 f"{name:{wide}} {output:7} {report['dim']:5} {report['feature_std']:7.3g} {low:7.3g} to {high:<6.3g}"
-                f"{report['feature_variance'] / before:9.2%} | {variance_k.min():8.3f} to {variance_k.max():<8.3f} "
-                f"{variance_k.mean() / after:9.2%}"
+                f"{report['feature_variance'] / before:9.2%} {normalized.get(name, '')}"
             )
     show.line("MSE share: a teacher's part of an unweighted MSE loss, for a student that knows nothing yet")
     _print_trust(reports, show)
     _print_written(store, jobs, plan.store, show)
+
+
+def _report(store: Store, job: TeacherJob, output: str, method: str) -> dict[str, Any]:
+    """On the plan's method; where features are cached as they are, that may have been refused, and any other serves."""
+    reports: dict[str, dict[str, Any]] = store.teacher(job.name).report()[output]
+    return reports.get(method) or next(iter(reports.values()))
+
+
+def _normalized(store: Store, jobs: list[TeacherJob], output: str) -> dict[str, str]:
+    """By teacher, how the variances of its cached targets look."""
+    variances = {job.name: target_variance(store, job, output) for job in jobs}
+    total = sum(float(np.nanmean(variance_k)) for variance_k in variances.values())
+    return {
+        name: f"| {variance_k.min():8.3f} to {variance_k.max():<8.3f} {variance_k.mean() / total:9.2%}"
+        for name, variance_k in variances.items()
+    }
 
 
 def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ import torch
 from statsvc.backends import Backend
 from statsvc.layout import OK, UNDECODABLE, key_hash
 from statsvc.ledger import Failure, Ledger
+from statsvc.views import covered_tokens, extent
 from workers.decode import Decoded, Resize
 from workers.decoders import Decoders
 from workers.index import index_shard, printable
-from workers.job import Unit
+from workers.job import TeacherJob, Unit
 from workers.shards import Sample, ShardReader
 from workers.sinks import SINKS
-from workers.sinks.base import Account, Batch, SampleRows, Sink
+from workers.sinks.base import Batch, Features, SampleRows, Sink
 from workers.teacher import LoadedTeacher
 
 
@@ -40,13 +41,15 @@ def run_unit(
     Raises DatasetShardError where the dataset shard cannot be used. Nothing is visible before the commits, which
     come last and only if the shard still holds the bytes that were indexed.
     """
-    reader = ShardReader(Path(unit.location), unit.images)
+    reader = ShardReader(unit.location, unit.images)
     samples = SampleRows.empty(unit.rows_per_shard)
     running = [teachers[job.name] for job in unit.teachers]
     sinks: list[Sink] = []
     try:
         for job, teacher in zip(unit.teachers, running, strict=True):
-            sinks.append(SINKS[unit.phase](backend, job, unit.shard, samples, teacher.device))
+            for phase in phases(unit, job):
+                sinks.append(SINKS[phase](backend, job, unit.shard, samples, teacher.device))
+        of_teacher = [[sink for sink in sinks if sink.teacher == job.name] for job in unit.teachers]
         resizes = tuple(Resize(t.preprocessing.size, t.preprocessing.interpolation) for t in running)
 
         def undecodable(sample: Sample, reason: str) -> None:
@@ -54,14 +57,16 @@ def run_unit(
             for sink in sinks:
                 sink.account.undecodable(Failure(printable(sample.key), sample.position, printable(reason)))
 
-        decoded = decoders.map(_images(reader, unit, undecodable), resizes)
+        decoded = decoders.map(_images(reader, unit, undecodable), resizes, unit.view)
         done = 0
         # The device works on one batch while the host takes in the one before.
         launched: deque[tuple[Sink, Any]] = deque()
         for batch in _batches(decoded, unit.batch_size, samples, undecodable):
-            for teacher, sink, images_BSS3 in zip(running, sinks, batch.images, strict=True):
-                features, wrong_B = forward(teacher, images_BSS3, sink.account)
-                launched.append((sink, sink.launch(batch, features, wrong_B)))
+            for teacher, its_sinks, images_BSS3 in zip(running, of_teacher, batch.images, strict=True):
+                features = run_teacher(teacher, batch, images_BSS3)
+                for sink in its_sinks:
+                    sink.account.batch_split |= features.split
+                    launched.append((sink, sink.launch(batch, features)))
             while len(launched) > len(sinks):
                 _collect(launched)
             on_images(len(batch.positions))
@@ -76,6 +81,11 @@ def run_unit(
     finally:
         for sink in sinks:
             sink.close()
+
+
+def phases(unit: Unit, job: TeacherJob) -> tuple[str, ...]:
+    """What is done with a teacher's features in one pass."""
+    return ("measure", "cache") if unit.phase == "measure" and job.cache_set else (unit.phase,)
 
 
 def _images(
@@ -121,36 +131,49 @@ def _stack(views: list[tuple[Sample, Decoded]]) -> Batch:
     return Batch(
         positions=np.array([sample.position for sample, _ in views]),
         keys=tuple(printable(sample.key) for sample, _ in views),
-        half_B=np.array([key_hash(sample.key)[0] & 1 for sample, _ in views]),
+        hashes_B16=np.frombuffer(b"".join(key_hash(sample.key) for sample, _ in views), np.uint8).reshape(-1, 16),
+        boxes=tuple(view.box for _, view in views),
         images=tuple(np.stack(arrays) for arrays in per_teacher),
     )
 
 
-def forward(
-    teacher: LoadedTeacher, images_BSS3: np.ndarray, account: Account
-) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """{output: float32 [B, T, D]} and bool [B], the images for which the teacher gave another shape (NaN in theirs).
+def run_teacher(teacher: LoadedTeacher, batch: Batch, images_BSS3: np.ndarray) -> Features:
+    """A teacher's features of a batch. Padding is where views are no squares."""
+    if all(box.w == box.h for box in batch.boxes):
+        return forward(teacher, images_BSS3)
+    size, patches = images_BSS3.shape[1], teacher.outputs.get("patches")
+    extents_B2 = np.array([extent(box, size) for box in batch.boxes])
+    features = forward(teacher, images_BSS3, extents_B2)
+    if patches is None:
+        return features
+    assert patches.grid is not None  # which patches have
+    return replace(features, covered_BT=covered_tokens(extents_B2, size, patches.grid))
+
+
+def forward(teacher: LoadedTeacher, images_BSS3: np.ndarray, extents_B2: np.ndarray | None = None) -> Features:
+    """A teacher's features of images, all of them or their top left corner of that height and width.
 
     A batch that does not fit into the device's memory, or comes out in another shape, is halved and tried again.
     """
     due = {output: (shape.tokens, shape.dim) for output, shape in teacher.outputs.items()}
     try:
-        features = teacher(images_BSS3)
+        found = teacher(images_BSS3) if extents_B2 is None else teacher(images_BSS3, extents_B2)
         batch_due = {output: (len(images_BSS3), *shape) for output, shape in due.items()}
-        if {output: tuple(x.shape) for output, x in features.items()} == batch_due:
-            return features, np.zeros(len(images_BSS3), bool)
+        if {output: tuple(x.shape) for output, x in found.items()} == batch_due:
+            return Features(found, np.zeros(len(images_BSS3), bool))
         if len(images_BSS3) == 1:
             absent = {o: torch.full((1, *shape), torch.nan, device=teacher.device) for o, shape in due.items()}
-            return absent, np.ones(1, bool)
+            return Features(absent, np.ones(1, bool))
     except torch.OutOfMemoryError:
         if len(images_BSS3) == 1:
             raise
-    account.batch_split = True
     middle = len(images_BSS3) // 2
-    (first, first_wrong), (second, second_wrong) = (
-        forward(teacher, part, account) for part in (images_BSS3[:middle], images_BSS3[middle:])
+    first, second = (
+        forward(teacher, images_BSS3[part], None if extents_B2 is None else extents_B2[part])
+        for part in (slice(middle), slice(middle, None))
     )
-    return {o: torch.cat([first[o], second[o]]) for o in due}, np.concatenate([first_wrong, second_wrong])
+    outputs = {o: torch.cat([first.outputs[o], second.outputs[o]]) for o in due}
+    return Features(outputs, np.concatenate([first.wrong_B, second.wrong_B]), split=True)
 
 
 def _collect(launched: deque[tuple[Sink, Any]]) -> None:

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from statsvc.backends import backend
 from statsvc.errors import DatasetShardError, PlanError, StatsvcError, StoreError, UnreadableShard
 from statsvc.layout import Output
 from workers.teachers.base import Resolved
+
+# Of teachers: the module of each, and the package it comes in.
+LIBRARIES = {
+    "transformers": "transformers",
+    "timm": "timm",
+    "open_clip": "open_clip_torch",
+    "torchvision": "torchvision",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +122,13 @@ def _failed(error: Exception) -> Failed:
 
 
 def _environment(device: Any) -> dict[str, str]:
-    """What the numbers were computed with; recorded, not part of a fingerprint."""
+    """What the numbers were computed with, libraries that were loaded; recorded, not part of a fingerprint."""
     from importlib.metadata import version
 
     import torch
 
-    packages = ("statsvc", "torch", "transformers", "numpy", "pillow")
+    packages = ["statsvc", "torch", "numpy", "pillow"]
+    packages += [package for module, package in LIBRARIES.items() if module in sys.modules]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {**{package: version(package) for package in packages}, "device": name}
 

@@ -1,14 +1,19 @@
 """What everything around the teacher costs: whole units next to the bare forward loop over decoded batches.
 
-python -m tests.benchmarks.pipeline [--images 64] [--repeats 3]
+Suffixes: B = images, S = side of the image in pixels, T = tokens, D = channels.
 """
 
-import argparse
+from __future__ import annotations
+
 import tempfile
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from webdataset import TarWriter
 
 from statsvc.arrays import declare_group
 from statsvc.backends import backend
@@ -16,63 +21,104 @@ from statsvc.layout import FORMAT, transform_path
 from statsvc.moments import Moments
 from statsvc.normalizations import fit
 from statsvc.plan import Teacher
-from tests.benchmarks.timing import alternate, judge
+from tests.benchmarks.rows import Goal, Row, Table
+from tests.benchmarks.timing import alternate
 from workers.decode import Decoded, Resize
 from workers.decoders import Decoders
-from workers.demo import write_shard
+from workers.demo import encode, photograph
 from workers.job import TeacherJob, Unit
 from workers.shards import read_samples
 from workers.teacher import LoadedTeacher
 from workers.teachers import resolve
 from workers.unit import run_unit
 
-BATCH = 16
-OPTIONS = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224}  # Dinov2-S/14
+# Drawing one takes longer than a teacher's forward pass on a GPU, so larger shards repeat them.
+PHOTOGRAPHS = 64
+PHASES = ("measure", "cache")
 
 
-def measure(images: int, repeats: int) -> None:
-    plan = Teacher(source="random-vit", model="dinov2", size=224, options=dict(OPTIONS))
-    teacher = LoadedTeacher("teacher", resolve("teacher", plan), torch.device("cpu"), "float32")
-    with tempfile.TemporaryDirectory() as folder, Decoders(1) as decoders:
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A teacher with random weights, and how it is run."""
+
+    label: str
+    options: dict[str, Any]  # of transformers' Dinov2 config
+    images: int
+    batch: int
+    decoders: int
+    precision: str = "float32"
+    device: str = "cpu"
+    repeats: int = 3
+    dtype: str = "int8"
+
+    @property
+    def size(self) -> int:
+        size: int = self.options["image_size"]
+        return size
+
+
+DINOV2_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224}
+ON_CPU = Workload("Dinov2-S/14 at 224, float32", DINOV2_S, images=64, batch=16, decoders=1)
+
+
+def tables() -> list[Table]:
+    return [table(ON_CPU, goal=0.85)]
+
+
+def table(work: Workload, goal: float | None) -> Table:
+    rates = images_per_second(work)
+    rows = (
+        Row(f"{phase} unit", rates[phase], "images/s", rates["forward"], "bare forward loop",
+            goal=None if goal is None else Goal(goal))
+        for phase in PHASES
+    )  # fmt: skip
+    processes = f"{work.decoders} decoder{'s' if work.decoders > 1 else ''}"
+    title = f"Pipeline: {work.label}, {work.images} images, {processes}, {work.dtype} targets"
+    return Table(title, tuple(rows), "A unit reads, decodes, runs the teacher, measures or encodes, and publishes.")
+
+
+def images_per_second(work: Workload) -> dict[str, float]:
+    """Of the bare forward loop and of whole units of both phases."""
+    plan = Teacher(source="random-vit", model="dinov2", size=work.size, options=dict(work.options))
+    device = torch.device(work.device)
+    teacher = LoadedTeacher("teacher", resolve("teacher", plan), device, work.precision)
+    with tempfile.TemporaryDirectory() as folder, Decoders(work.decoders) as decoders:
         tar = Path(folder, "photos.tar")
-        write_shard(tar, range(images))
+        write_photographs(tar, work.images)
         store = backend(f"{folder}/store")
-        declare_group(store, "", {"format": FORMAT, "rows_per_shard": images})
-        resize = Resize(224, teacher.preprocessing.interpolation)
+        declare_group(store, "", {"format": FORMAT, "rows_per_shard": work.images})
+        resize = Resize(work.size, teacher.preprocessing.interpolation)
         jobs = ((None, sample.image) for sample in read_samples(tar, ("jpg",)) if sample.image)
         decoded = [view.arrays_HW3[0] for _, view in decoders.map(jobs, (resize,)) if isinstance(view, Decoded)]
-        batches = [np.stack(decoded[start : start + BATCH]) for start in range(0, images, BATCH)]
+        batches = [np.stack(decoded[start : start + work.batch]) for start in range(0, work.images, work.batch)]
         transforms = {}
         for output, x_BTD in teacher(batches[0]).items():
-            transform = fit(Moments.of(x_BTD.flatten(0, 1).numpy()), "phi-s", output=output)
+            transform = fit(Moments.of(x_BTD.flatten(0, 1).cpu().numpy()), "phi-s", output=output)
             store.write(transform_path(transform.digest), transform.to_bytes())
             transforms[output] = transform.digest
-        job = TeacherJob("teacher", "0" * 64, teacher.outputs, "phi-s-benchmark-int8", "int8", transforms)
+        cache_set = f"phi-s-benchmark-{work.dtype}"
+        job = TeacherJob("teacher", "0" * 64, teacher.outputs, cache_set, work.dtype, transforms)
 
         def unit(phase: str) -> None:
-            work = Unit(phase, 0, tar.name, str(tar), (job,), ("jpg",), images, BATCH)
-            run_unit(work, store, {"teacher": teacher}, decoders, lambda _: None)
+            todo = Unit(phase, 0, tar.name, str(tar), (job,), ("jpg",), work.images, work.batch)
+            run_unit(todo, store, {"teacher": teacher}, decoders, lambda _: None)
 
         def forward() -> None:
             for images_BSS3 in batches:
                 teacher(images_BSS3)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
 
         cases = {"forward": forward, "measure": lambda: unit("measure"), "cache": lambda: unit("cache")}
-        seconds = alternate(cases, repeats)
-    rates = ", ".join(f"{case} {images / each:.1f}/s" for case, each in seconds.items())
-    print(f"\npipeline, Dinov2-S/14 at 224, {images} images, {torch.get_num_threads()} threads, 1 decoder: {rates}")
-    for phase in ("measure", "cache"):
-        judge(f"{phase} unit (read, decode, forward, {phase}, publish) / bare forward loop",
-              seconds["forward"] / seconds[phase], 0.85)  # fmt: skip
+        return {case: work.images / each for case, each in alternate(cases, work.repeats).items()}
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--images", type=int, default=64)
-    arguments.add_argument("--repeats", type=int, default=3)
-    chosen = arguments.parse_args()
-    measure(chosen.images, chosen.repeats)
+def write_photographs(tar: Path, images: int) -> None:
+    with TarWriter(str(tar), mtime=0) as writer:
+        for image in range(images):
+            writer.write({"__key__": f"photo-{image:06d}", "jpg": _jpeg(image % PHOTOGRAPHS)})
 
 
-if __name__ == "__main__":
-    main()
+@cache
+def _jpeg(seed: int) -> bytes:
+    return encode(photograph(seed))

@@ -30,7 +30,8 @@ from statsvc.checksum import crc32c_hex
 from statsvc.layout import FORMAT, OK, cache_arrays, sample_arrays, set_name, teacher_status
 from statsvc.ledger import Commit, Ledger, ObjectRecord
 from statsvc.shardfile import ShardWriter
-from tests.benchmarks.timing import alternate, judge
+from tests.benchmarks.rows import Goal, Row, Table
+from tests.benchmarks.timing import alternate
 from tests.ports import free_port, wait_until_listening
 
 SHARDS, ROWS, TOKENS, DIM = 4, 256, 256, 1024  # 67 MB a feature shard
@@ -142,8 +143,8 @@ def median_of(measure: dict[str, Callable[[], float]]) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in found.items()}
 
 
-def bytes_beside_nginx(folder: Path, store: Path, path: str, stack: ExitStack) -> str:
-    """Whole shards and ranges; returns the service's address."""
+def bytes_beside_nginx(folder: Path, store: Path, path: str, stack: ExitStack) -> tuple[str, list[Row]]:
+    """Whole shards and ranges; returns the service's address too."""
     ports = {name: free_port() for name in ("nginx", "service", "FileResponse")}
     (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=ports["nginx"], root=store))
     (folder / "file_response.py").write_text(FILE_RESPONSE)
@@ -157,14 +158,17 @@ def bytes_beside_nginx(folder: Path, store: Path, path: str, stack: ExitStack) -
     whole = median_of({name: lambda url=url: wrk(url, connections=2)[1] for name, url in urls.items()})  # type: ignore[misc]
     script_option = f"-s{folder}/ranges.lua"
     ranges = median_of({name: lambda url=url: wrk(url, script_option)[0] for name, url in urls.items()})  # type: ignore[misc]
-    print(f"whole shards of {ROWS * TOKENS * DIM / 1e6:.0f} MB, MB/s: {whole}; 512 KB ranges, requests/s: {ranges}")
-    judge("whole shards against tuned nginx", whole["service"] / whole["nginx"], 0.9)
-    judge("whole shards against FileResponse", whole["service"] / whole["FileResponse"], 3)
-    judge("512 KB ranges against tuned nginx, one process", ranges["service"] / ranges["nginx"], 0.55)
-    return f"http://127.0.0.1:{ports['service']}"
+    shards = f"whole shards of {ROWS * TOKENS * DIM / 1e6:.0f} MB"
+    rows = [
+        Row(shards, whole["service"], "MB/s", whole["nginx"], "tuned nginx", goal=Goal(0.9)),
+        Row(shards, whole["service"], "MB/s", whole["FileResponse"], "Starlette's FileResponse", goal=Goal(3)),
+        Row("ranges of 512 KB, one process", ranges["service"], "a second", ranges["nginx"], "tuned nginx",
+            goal=Goal(0.55)),
+    ]  # fmt: skip
+    return f"http://127.0.0.1:{ports['service']}", rows
 
 
-def client_beside_httpx(url: str, path: str) -> None:
+def client_beside_httpx(url: str, path: str) -> Row:
     """Whole shards: ours checked against their checksums, httpx's not."""
     targets = statsvc.open(url).teacher("big").targets("patches")
     rows = np.arange(ROWS, 2 * ROWS)
@@ -176,11 +180,15 @@ def client_beside_httpx(url: str, path: str) -> None:
             },
             repeats=5,
         )
-    judge("whole shards by our client, verified, against httpx", seconds["httpx"] / seconds["statsvc"], 3)
+    rate = {name: ROWS * TOKENS * DIM / each / 1e6 for name, each in seconds.items()}
+    return Row("whole shards by our client, verified", rate["statsvc"], "MB/s", rate["httpx"], "httpx", goal=Goal(3))
 
 
-def not_modified(demo: Path) -> None:
+def not_modified(demo: Path) -> Row:
     """GET /phis by a client that has it, of a real store."""
+    what = "GET /phis answered 304"
+    if not demo.exists():
+        return Row(what, None, note="not measured: make run draws the store that it asks for")
     port = free_port()
     with running(serve(demo, port), port):
         url = f"http://127.0.0.1:{port}"
@@ -189,10 +197,10 @@ def not_modified(demo: Path) -> None:
         etag = httpx.get(phis).headers["etag"]
         assert httpx.get(phis, headers={"if-none-match": etag}).status_code == 304
         rate = statistics.median(wrk(phis, "-H", f"If-None-Match: {etag}", connections=8)[0] for _ in range(ROUNDS))
-    judge("GET /phis answered 304, a second", rate, 2000)
+    return Row(what, rate, "a second", goal=Goal(2000, of="ours"))
 
 
-def slow_readers(store: Path, path: str) -> None:
+def slow_readers(store: Path, path: str) -> list[Row]:
     """Many readers that take a little at a time: does the rest of the service notice, does memory grow?"""
     port = free_port()
     with running(serve(store, port), port) as process:
@@ -229,30 +237,25 @@ def slow_readers(store: Path, path: str) -> None:
             reader.close()
     quarter = len(used) // 4
     growth = statistics.median(used[-quarter:]) - statistics.median(used[quarter : 2 * quarter])
-    judge(f"{SLOW_READERS} slow readers for {SLOW_SECONDS} s: slowest /healthz, ms", worst * 1000, 100, at_most=True)
-    judge("the same: memory at the end over that after a quarter, MB", growth, 5, at_most=True)
+    readers_doing = f"{SLOW_READERS} slow readers for {SLOW_SECONDS} s"
+    return [
+        Row(f"{readers_doing}: slowest /healthz", worst * 1000, "ms", goal=Goal(100, at_most=True, of="ours")),
+        Row("the same: memory at the end over that after a quarter", growth, "MB",
+            goal=Goal(5, at_most=True, of="ours")),
+    ]  # fmt: skip
 
 
-def main() -> None:
-    print("The service")
-    demo = Path("demo/store")
+def tables() -> list[Table]:
+    title = "The service on loopback"
     if not shutil.which("nginx") or not shutil.which("wrk"):
-        print("  left out: it needs nginx and wrk, as the system's packages have them")
-        return
+        reason = "not measured: it needs nginx and wrk, as the system's packages have them"
+        return [Table(title, (Row("everything", None, note=reason),))]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, store = Path(name), Path(name, "store")
         folder.chmod(0o755)  # nginx reads as another user
         path = write_store(store)
-        url = bytes_beside_nginx(folder, store, path, stack)
-        client_beside_httpx(url, path)
-        if demo.exists():
-            not_modified(demo)
-        else:
-            print("  GET /phis is left out: make run draws the store that it asks for")
-        slow_readers(store, path)
-
-
-if __name__ == "__main__":
-    main()
+        url, rows = bytes_beside_nginx(folder, store, path, stack)
+        rows += [client_beside_httpx(url, path), not_modified(Path("demo/store")), *slow_readers(store, path)]
+    return [Table(title, tuple(rows))]

@@ -24,7 +24,6 @@ def alternate(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def judge(what: str, measured: float, goal: float, at_most: bool = False) -> None:
-    """One line: a ratio, its goal, and whether it was met."""
-    met = measured <= goal if at_most else measured >= goal
-    print(f"  {what:<78} {measured:7.3f}   goal {'<=' if at_most else '>='} {goal}: {'met' if met else 'MISSED'}")
+def warm_up(case: Case) -> None:
+    """For `before`: measured, what zarr-python leaves in the processor's caches costs its successor 3 us a row."""
+    case()

@@ -11,22 +11,50 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from statsvc.layout import NON_FINITE, OK, STATUS_NAMES, UNDECODABLE, WRONG_SHAPE
+from statsvc.layout import BEYOND_RANGE, NON_FINITE, OK, STATUS_NAMES, UNDECODABLE, WRONG_SHAPE
 from statsvc.ledger import Commit, Failure
+from statsvc.views import Box
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decoded images in the order of the tar; images[i] is uint8 [B, S, S, 3] for the i-th teacher of the unit."""
+    """Decoded images in the order of the tar; images[i] is uint8 [B, S, S, 3] for the i-th teacher of the unit.
+
+    hashes_B16  of the keys
+    boxes       what part of the upright image each view is
+    """
 
     positions: np.ndarray
     keys: tuple[str, ...]
-    half_B: np.ndarray
+    hashes_B16: np.ndarray
+    boxes: tuple[Box, ...]
     images: tuple[np.ndarray, ...]
+
+    @property
+    def halves(self) -> np.ndarray:
+        """[B] 0 or 1: the half of the images that each one belongs to."""
+        halves_B: np.ndarray = self.hashes_B16[:, 0] & 1
+        return halves_B
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a teacher gave for a batch.
+
+    outputs     float32 [B, T, D] on the device
+    wrong_B     bool: images for which it gave another shape; theirs are NaN here
+    covered_BT  bool: patches that lie wholly inside the image; None: all of them
+    split       whether the batch had to be split
+    """
+
+    outputs: dict[str, torch.Tensor]
+    wrong_B: np.ndarray
+    covered_BT: np.ndarray | None = None
+    split: bool = False
 
 
 REASONS = {
-    NON_FINITE: "a feature is NaN, infinite or beyond the range of the stored dtype",
+    NON_FINITE: "a feature is NaN or infinite",
     WRONG_SHAPE: "the teacher gave outputs of another shape",
 }
 
@@ -37,37 +65,53 @@ class Account:
     def __init__(self, rows: int) -> None:
         self.status_C = np.zeros(rows, np.uint8)
         self.failed: list[Failure] = []
+        self.beyond_range = 0
         self.batch_split = False  # for memory, or to find the image that came out in another shape
 
     def undecodable(self, failure: Failure) -> None:
         self.status_C[failure.position] = UNDECODABLE
         self.failed.append(failure)
 
-    def take(self, batch: Batch, finite_B: np.ndarray, wrong_B: np.ndarray) -> np.ndarray:
-        """bool [B]: the images whose features can be used; the others are entered with their reason."""
+    def take(
+        self, batch: Batch, finite_B: np.ndarray, wrong_B: np.ndarray, held_B: np.ndarray | None = None, dtype: str = ""
+    ) -> np.ndarray:
+        """bool [B]: the images whose features can be used; the others are entered with their reason.
+
+        held_B  images that the dtype of a cache set can hold. The teacher's status does not depend on it: other cache
+                sets may hold what this one cannot
+        """
         status_B = np.where(wrong_B, WRONG_SHAPE, np.where(finite_B, OK, NON_FINITE)).astype(np.uint8)
         self.status_C[batch.positions] = status_B
         for j in np.flatnonzero(status_B != OK):
             self.failed.append(Failure(batch.keys[j], int(batch.positions[j]), REASONS[int(status_B[j])]))
         usable_B: np.ndarray = status_B == OK
-        return usable_B
+        if held_B is None:
+            return usable_B
+        for j in np.flatnonzero(usable_B & ~held_B):
+            reason = f"a number is beyond the range of {dtype}; a cache set of float32 holds it"
+            self.failed.append(Failure(batch.keys[j], int(batch.positions[j]), reason))
+            self.beyond_range += 1
+        return np.asarray(usable_B & held_B)
 
     def sorted_failures(self) -> tuple[Failure, ...]:
         """In the order of the tar."""
         return tuple(sorted(self.failed, key=lambda failure: failure.position))
 
     def counts(self) -> dict[str, int]:
-        """How many rows have which status, without those that have none."""
+        """How many rows have which status, without those that have none; ok are those that can be used."""
         found = np.bincount(self.status_C, minlength=len(STATUS_NAMES))
-        return {name: int(count) for name, count in zip(STATUS_NAMES, found, strict=True) if count}
+        counts = {name: int(count) for name, count in zip(STATUS_NAMES, found, strict=True)}
+        counts["ok"] -= self.beyond_range
+        return {name: count for name, count in {**counts, BEYOND_RANGE: self.beyond_range}.items() if count}
 
 
 class Sink(Protocol):
     """Where one teacher's features of one unit go."""
 
+    teacher: str
     account: Account
 
-    def launch(self, batch: Batch, features: dict[str, torch.Tensor], wrong_B: np.ndarray) -> Any:
+    def launch(self, batch: Batch, features: Features) -> Any:
         """Queue the work on the device and return what `collect` needs; must not wait for the device."""
 
     def collect(self, launched: Any) -> None:

@@ -21,9 +21,9 @@ from statsvc.shardfile import ShardWriter
 from statsvc.transform import Transform
 from workers.device import HostCopy, finite_images
 from workers.job import TeacherJob
-from workers.sinks.base import Account, Batch, SampleRows
+from workers.sinks.base import Account, Batch, Features, SampleRows
 
-Launched = tuple[Batch, np.ndarray, HostCopy]
+Launched = tuple[Batch, Features, HostCopy]
 WRITES_AHEAD = 8  # encoded batches that may wait for the disk
 
 
@@ -34,6 +34,7 @@ class CacheSink:
         self, backend: Backend, job: TeacherJob, shard: int, samples: SampleRows, device: torch.device
     ) -> None:
         self._backend, self._job, self._shard, self._samples = backend, job, shard, samples
+        self.teacher = job.name
         rows = len(samples.status_C)
         self.account = Account(rows)
         self._codec = codec(job.dtype)
@@ -43,21 +44,23 @@ class CacheSink:
         for output in job.outputs:
             self._outputs[output] = _OutputWriter(backend, job, shard, rows, device, output)
 
-    def launch(self, batch: Batch, features: dict[str, torch.Tensor], wrong_B: np.ndarray) -> Launched:
+    def launch(self, batch: Batch, features: Features) -> Launched:
         encoded: dict[str, torch.Tensor] = {}
-        targets = {output: self._outputs[output].transform(x_BTD) for output, x_BTD in features.items()}
+        targets = {output: self._outputs[output].transform(x_BTD) for output, x_BTD in features.outputs.items()}
         for output, y_BTk in targets.items():
             encoded |= {f"{output}/{name}": array for name, array in self._codec.encode(y_BTk).items()}
-        # A finite target can still be beyond the range of a float16.
-        finite_B = finite_images(*targets.values(), *(x for x in encoded.values() if x.is_floating_point()))
+        finite_B = finite_images(*features.outputs.values())
+        # A finite feature can still be beyond the range of a float16.
+        held_B = finite_images(*targets.values(), *(x for x in encoded.values() if x.is_floating_point()))
         for output, y_BTk in targets.items():
-            self._outputs[output].add_to_statistics(y_BTk, finite_B)
-        return batch, wrong_B, HostCopy({**encoded, "finite": finite_B})
+            covered_BT = features.covered_BT if output == "patches" else None
+            self._outputs[output].add_to_statistics(y_BTk, finite_B & held_B, covered_BT)
+        return batch, features, HostCopy({**encoded, "finite": finite_B, "held": held_B})
 
     def collect(self, launched: Launched) -> None:
-        batch, wrong_B, host = launched
+        batch, features, host = launched
         arrays = host.wait()
-        usable_B = self.account.take(batch, arrays["finite"], wrong_B)
+        usable_B = self.account.take(batch, arrays["finite"], features.wrong_B, arrays["held"], self._job.dtype)
         rows_N = batch.positions[usable_B]
         for output, writer in self._outputs.items():
             stored = {part.name: arrays[f"{output}/{part.name}"] for part in self._codec.arrays}
@@ -85,7 +88,7 @@ class CacheSink:
             teacher=self._job.name,
             set=self._job.cache_set,
             fingerprint=self._job.fingerprint,
-            transform=self._job.transforms,
+            transform=self._job.transforms or None,
             rows=self.account.counts().get("ok", 0),
             status=self.account.counts(),
             failed=self.account.sorted_failures(),
@@ -105,15 +108,17 @@ class _OutputWriter:
     def __init__(
         self, backend: Backend, job: TeacherJob, shard: int, rows: int, device: torch.device, output: str
     ) -> None:
-        digest = job.transforms[output]
-        transform = Transform.from_bytes(backend.read(transform_path(digest)), digest)
-        like = torch.zeros(0, device=device)
-        self._mean_D, self._matrix_kD, _ = transform.arrays_like(like)
-        self._backend, self._shard, self._tokens = backend, shard, job.outputs[output].tokens
+        digest, shape = job.transforms.get(output), job.outputs[output]
+        self._transform: tuple[torch.Tensor, torch.Tensor] | None = None
+        k = shape.dim
+        if digest is not None:
+            transform = Transform.from_bytes(backend.read(transform_path(digest)), digest)
+            mean_D, matrix_kD, _ = transform.arrays_like(torch.zeros(0, device=device))
+            self._transform, k = (mean_D, matrix_kD), transform.rank
+        self._backend, self._shard, self._device = backend, shard, device
         self._specs = cache_arrays(
-            job.name, job.cache_set, output, dtype=job.dtype, transform=digest,
-            tokens=self._tokens, k=transform.rank, rows=rows,
-        )  # fmt: skip
+            job.name, job.cache_set, output, dtype=job.dtype, transform=digest, tokens=shape.tokens, k=k, rows=rows
+        )
         self._small: dict[str, np.ndarray] = {}
         self._sharded: dict[str, tuple[Upload, ShardWriter]] = {}
         for part in codec(job.dtype).arrays:
@@ -124,15 +129,20 @@ class _OutputWriter:
             else:
                 self._small[part.name] = np.full((rows, *spec.shape), spec.fill, spec.dtype)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._sums_2k = torch.zeros((2, transform.rank), dtype=torch.float64, device=device)
+        self._sums_2k = torch.zeros((2, k), dtype=torch.float64, device=device)
 
     def transform(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        y_BTk: torch.Tensor = (x_BTD - self._mean_D) @ self._matrix_kD.T
-        return y_BTk
+        if self._transform is None:
+            return x_BTD
+        mean_D, matrix_kD = self._transform
+        return (x_BTD - mean_D) @ matrix_kD.T
 
-    def add_to_statistics(self, y_BTk: torch.Tensor, finite_B: torch.Tensor) -> None:
-        y_Nk = torch.where(finite_B[:, None, None], y_BTk, 0).flatten(0, 1).to(torch.float64)
-        self._count += finite_B.sum() * self._tokens
+    def add_to_statistics(self, y_BTk: torch.Tensor, usable_B: torch.Tensor, covered_BT: np.ndarray | None) -> None:
+        counted_BT = usable_B[:, None].expand(y_BTk.shape[:2])
+        if covered_BT is not None:
+            counted_BT = counted_BT & torch.from_numpy(covered_BT).to(self._device, non_blocking=True)
+        y_Nk = torch.where(counted_BT[..., None], y_BTk, 0).flatten(0, 1).to(torch.float64)
+        self._count += counted_BT.sum()
         self._sums_2k[0] += y_Nk.sum(0)
         self._sums_2k[1] += y_Nk.square_().sum(0)
 
@@ -150,7 +160,8 @@ class _OutputWriter:
             upload.publish()
             path = self._specs[name].object(self._shard)
             records.append(ObjectRecord(path, size, crc32c_hex(crc), crc32c_hex(writer.content_crc32c)))
-        # Sums of squares lose nothing here: targets are centred by their transform and of unit scale.
+        # Sums of squares lose nothing here: targets are centred by their transform and of unit scale; in the teacher's
+        # space, a mean of 10^4 standard deviations leaves the variance 8 of its 16 digits.
         mean_k, square_k = (self._sums_2k / self._count).cpu().numpy()  # NaN for a shard without any target
         arrays = {**self._small, "target_mean": mean_k[None], "target_var": (square_k - mean_k**2)[None]}
         records += [write_chunk(self._backend, self._specs[name], self._shard, array) for name, array in arrays.items()]

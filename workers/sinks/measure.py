@@ -17,9 +17,9 @@ from statsvc.ledger import Commit, ObjectRecord
 from statsvc.moments import Moments, MomentsStream, pack
 from workers.device import HostCopy, finite_images
 from workers.job import TeacherJob
-from workers.sinks.base import Account, Batch, SampleRows
+from workers.sinks.base import Account, Batch, Features, SampleRows
 
-Launched = tuple[Batch, dict[str, torch.Tensor], np.ndarray, HostCopy]
+Launched = tuple[Batch, Features, HostCopy]
 
 
 class MeasureSink:
@@ -29,26 +29,39 @@ class MeasureSink:
         self, backend: Backend, job: TeacherJob, shard: int, samples: SampleRows, device: torch.device
     ) -> None:
         self._backend, self._job, self._shard, self._device = backend, job, shard, device
+        self.teacher = job.name
         self.account = Account(len(samples.status_C))
         self._images = np.zeros(2, np.int64)
         self._streams: dict[str, tuple[MomentsStream[Any], MomentsStream[Any]]] = {
             output: (MomentsStream(shape.dim), MomentsStream(shape.dim)) for output, shape in job.outputs.items()
         }
 
-    def launch(self, batch: Batch, features: dict[str, torch.Tensor], wrong_B: np.ndarray) -> Launched:
-        return batch, features, wrong_B, HostCopy({"finite": finite_images(*features.values())})
+    def launch(self, batch: Batch, features: Features) -> Launched:
+        return batch, features, HostCopy({"finite": finite_images(*features.outputs.values())})
 
     def collect(self, launched: Launched) -> None:
-        batch, features, wrong_B, host = launched
-        usable_B = self.account.take(batch, host.wait()["finite"], wrong_B)
+        batch, features, host = launched
+        usable_B = self.account.take(batch, host.wait()["finite"], features.wrong_B)
+        patches_BT = self._measured_patches(batch, features)
         for half in (0, 1):
-            chosen = np.flatnonzero(usable_B & (batch.half_B == half))
+            chosen = np.flatnonzero(usable_B & (batch.halves == half))
             if not len(chosen):
                 continue
             self._images[half] += len(chosen)
-            chosen_N = torch.from_numpy(chosen).to(self._device, non_blocking=True)
-            for output, x_BTD in features.items():
-                self._streams[output][half].add(x_BTD[chosen_N].flatten(0, 1))
+            for output, x_BTD in features.outputs.items():
+                x_ND = x_BTD.flatten(0, 1)
+                tokens = np.arange(len(x_ND)).reshape(x_BTD.shape[:2])[chosen]
+                wanted = tokens.ravel() if output != "patches" or patches_BT is None else tokens[patches_BT[chosen]]
+                self._streams[output][half].add(x_ND[torch.from_numpy(wanted).to(self._device, non_blocking=True)])
+
+    def _measured_patches(self, batch: Batch, features: Features) -> np.ndarray | None:
+        """bool [B, T]: no padding, and of each image as many as the plan says; None: all."""
+        limit, covered_BT = self._job.tokens_per_image, features.covered_BT
+        if limit is None or "patches" not in features.outputs:
+            return covered_BT
+        if covered_BT is None:
+            covered_BT = np.ones(features.outputs["patches"].shape[:2], bool)
+        return np.stack([draw(c_T, limit, hash_16) for c_T, hash_16 in zip(covered_BT, batch.hashes_B16, strict=True)])
 
     def commit(self) -> Commit:
         objects: list[ObjectRecord] = []
@@ -76,6 +89,18 @@ class MeasureSink:
 
     def close(self) -> None:
         self._streams.clear()
+
+
+def draw(covered_T: np.ndarray, count: int, hash_16: np.ndarray) -> np.ndarray:
+    """bool [T]: that many of the covered tokens, a function of the key's hash alone.
+
+    By the raw words of a Philox generator: numpy promises that they never change, which it does not of its shuffles.
+    """
+    words_T = np.random.Philox(key=int.from_bytes(hash_16.tobytes(), "little")).random_raw(len(covered_T))
+    first = np.argsort(np.where(covered_T, words_T, np.iinfo(np.uint64).max), kind="stable")[:count]
+    drawn_T = np.zeros(len(covered_T), bool)
+    drawn_T[first] = True
+    return np.asarray(drawn_T & covered_T)
 
 
 def _on_host(moments: Moments[Any]) -> Moments[np.ndarray]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from statsvc.plan import Teacher
+from statsvc.errors import PlanError
+from statsvc.plan import INTERPOLATIONS, Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +51,10 @@ class Resolved:
 
 
 class Features(Protocol):
-    """A loaded model: pixels float32 [B, 3, S, S] to outputs [B, T, D] and, for patches, their grid."""
+    """A loaded model: pixels float32 [B, 3, S, S] to outputs [B, T, D] and, for patches, their grid.
+
+    S is the canvas of the preprocessing.
+    """
 
     def eval(self) -> Any: ...
 
@@ -70,3 +74,40 @@ class Source(Protocol):
 
     def load(self, resolved: Resolved) -> Features:
         """Build the model on the CPU. Raises PlanError where the weights do not fit."""
+
+
+def chosen_taps(plan: Teacher, default: Mapping[str, str]) -> dict[str, str]:
+    """A source's default taps with the plan's own in their place; null drops an output."""
+    taps: dict[str, str | None] = {**default, **{str(output): tap for output, tap in plan.taps.items()}}
+    return {output: tap for output, tap in taps.items() if tap is not None}
+
+
+def chosen_preprocessing(
+    key: str, plan: Teacher, own: Mapping[str, Any], giver: str, instead: str = ""
+) -> Preprocessing:
+    """From the plan, else what the model itself says: `own`, whose values are foreign.
+
+    Raises PlanError for what neither gives: "<key>: <giver> gives <what>; add it to the plan<instead>".
+    """
+    size, interpolation, own_std = own.get("size"), own.get("interpolation"), _three(own.get("std"))
+    found: dict[str, Any] = {
+        "size": plan.size or (size if isinstance(size, int) and size > 0 else None),
+        "interpolation": plan.interpolation or next((n for n in INTERPOLATIONS if n == interpolation), None),
+        "mean": plan.mean or _three(own.get("mean")),
+        "std": plan.std or (own_std if own_std and min(own_std) > 0 else None),
+    }
+    if unknown := [name for name, value in found.items() if value is None]:
+        raise PlanError(
+            f"{key}: {giver} gives {', '.join(unknown)}; add {'it' if len(unknown) == 1 else 'them'} to the "
+            f"plan{instead}"
+        )
+    # A canvas as large as the image is none.
+    return Preprocessing(**found, pad=plan.pad if plan.pad != found["size"] else None)
+
+
+def _three(values: Any) -> tuple[float, float, float] | None:
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    return red, green, blue

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from statsvc.canonical import canonical_json, sha256
 from statsvc.errors import PlanError
 from statsvc.plan import Teacher, nearest
-from workers.teachers.base import Features, Preprocessing, Resolved
-from workers.teachers.transformers import HALF, chosen_taps
+from workers.teachers.base import Features, Resolved, chosen_preprocessing, chosen_taps
+from workers.teachers.transformers import HALF, TAPS
 
 if TYPE_CHECKING:
     import torch
 
+PREPROCESSING = {"interpolation": "bicubic", "mean": HALF[0], "std": HALF[1]}
 RECIPE = 1  # enters the digest; raise it whenever other weights come out
 
 
@@ -27,10 +28,8 @@ def resolve(name: str, plan: Teacher) -> Resolved:
     return Resolved(
         plan=plan,
         weights=sha256(canonical_json({"recipe": RECIPE, "model": plan.model, "options": plan.options})),
-        preprocessing=Preprocessing(
-            plan.size, plan.interpolation or "bicubic", plan.mean or HALF[0], plan.std or HALF[1]
-        ),
-        taps=chosen_taps(plan),
+        preprocessing=chosen_preprocessing(f"teachers.{name}", plan, PREPROCESSING, "nothing"),
+        taps=chosen_taps(plan, TAPS),
     )
 
 
@@ -75,4 +74,4 @@ def load(resolved: Resolved) -> Features:
         def forward(self, pixels_B3SS: torch.Tensor) -> dict[str, torch.Tensor]:
             return {output: x_BTD * factor for output, x_BTD in super().forward(pixels_B3SS).items()}
 
-    return Scaled(model, resolved.taps, resolved.preprocessing.size)
+    return Scaled(model, resolved.taps, resolved.preprocessing.canvas)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from statsvc.errors import PlanError
+from workers.teachers.tokens import as_patches, mapping, square_grid
 
 
 class TappedModel(nn.Module):
@@ -25,17 +26,23 @@ class TappedModel(nn.Module):
         self.taps = taps
         self.size = size
         config = model.config
+        parameters = inspect.signature(model.forward).parameters
+        # Code that comes with a model calls its images what it likes.
+        self._by_name = "pixel_values" in parameters
         self._arguments: dict[str, Any] = {}
         if any(tap.startswith("hidden_states") for tap in taps.values()):
             self._arguments["output_hidden_states"] = True
-        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        if "interpolate_pos_encoding" in parameters:
             self._arguments["interpolate_pos_encoding"] = size != getattr(config, "image_size", size)
         patch = getattr(config, "patch_size", None)
         patch_rows, patch_columns = patch if isinstance(patch, (tuple, list)) else (patch, patch)
         self._grid = (size // patch_rows, size // patch_columns) if patch else None
 
     def forward(self, pixels_B3SS: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = self.model(pixel_values=pixels_B3SS, **self._arguments)
+        if self._by_name:
+            found = mapping(self.model(pixel_values=pixels_B3SS, **self._arguments))
+        else:
+            found = mapping(self.model(pixels_B3SS, **self._arguments))
         outputs = {}
         for output, tap in self.taps.items():
             tokens_BTD = self._patches(found, tap) if output == "patches" else self._summary(found, tap)
@@ -47,21 +54,21 @@ class TappedModel(nn.Module):
         """Rows and columns of so many patches."""
         if self._grid and self._grid[0] * self._grid[1] == tokens:
             return self._grid
-        side = round(tokens**0.5)
-        if side * side != tokens:
-            raise PlanError(f"{tokens} tokens of a square image are no square grid; choose another tap for patches")
-        return side, side
+        return square_grid(tokens)
 
     def _patches(self, found: Any, tap: str) -> torch.Tensor:
-        tokens_BTD = _tokens(_pick(found, tap))
+        x = _pick(found, tap)
+        # Between its blocks SAM keeps maps [B, rows, columns, D], unlike the [B, D, rows, columns] of its neck.
+        channels_last = x.ndim == 4 and x.shape[1:3] == self._grid != x.shape[2:]
+        tokens_BTD = as_patches(x, channels_last)
         patches = self._grid[0] * self._grid[1] if self._grid else tokens_BTD.shape[1]
         # More patches than tokens: the model merges patches as it goes, and all its tokens are spatial.
         return tokens_BTD[:, -patches:] if patches <= tokens_BTD.shape[1] else tokens_BTD
 
     def _summary(self, found: Any, taps: str) -> torch.Tensor | None:
         for tap in taps.split("|"):
-            if tap == "cls":
-                tokens_BTD = _tokens(found["last_hidden_state"])
+            if tap == "cls" and "last_hidden_state" in found:
+                tokens_BTD = as_patches(found["last_hidden_state"])
                 patches = self._grid[0] * self._grid[1] if self._grid else tokens_BTD.shape[1]
                 if tokens_BTD.shape[1] > patches:
                     return tokens_BTD[:, :1]
@@ -86,8 +93,3 @@ def _pick(found: Any, tap: str) -> torch.Tensor:
         raise PlanError(f"taps: {tap!r} is outside of the model's {len(value)} hidden states")
     picked: torch.Tensor = value[int(layer[1])] if layer else value
     return picked
-
-
-def _tokens(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, D], also from the [B, D, rows, columns] of convolutional necks."""
-    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x

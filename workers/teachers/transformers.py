@@ -6,15 +6,14 @@ the model has. Patches are the last grid rows x grid columns tokens, so CLS and 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from statsvc.canonical import canonical_json, sha256
 from statsvc.errors import PlanError
 from statsvc.plan import Teacher
-from workers.teachers.base import Features, Preprocessing, Resolved
+from workers.teachers.base import Features, Preprocessing, Resolved, chosen_preprocessing, chosen_taps
+from workers.teachers.hub import commit_of, file_digest, first_line, read_json, snapshot
 
 if TYPE_CHECKING:
     from workers.teachers.taps import TappedModel
@@ -47,32 +46,22 @@ def resolve(name: str, plan: Teacher) -> Resolved:
     if plan.options:
         raise PlanError(f"{key}.options: {plan.options!r} means nothing to the source transformers; remove it")
     folder = _folder(key, plan)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise PlanError(f"{key}.model: {folder / 'config.json'} has no model_type; transformers did not write it")
     files = _weight_files(key, folder, config)
     if plan.trust_remote_code:
-        files += sorted(folder.glob("*.py"))
-    parts = [canonical_json(_lasting(config))]
-    for file in files:
-        with file.open("rb") as stream:
-            parts.append(hashlib.file_digest(stream, "sha256").digest())
+        files += _code(key, folder, config)
+    parts = [canonical_json(_lasting(config)), *(file_digest(file) for file in files)]
     preprocessing, origin = _preprocessing(key, plan, folder, config)
     return Resolved(
         plan=plan,
         weights=sha256(*parts),
         preprocessing=preprocessing,
-        taps=chosen_taps(plan),
+        taps=chosen_taps(plan, TAPS),
         location=str(folder),
-        about={"revision": plan.revision or _commit(folder), "preprocessing_from": origin},
+        about={"revision": plan.revision or commit_of(folder), "preprocessing_from": origin},
     )
-
-
-def chosen_taps(plan: Teacher) -> dict[str, str]:
-    """The default taps with the plan's own in their place; null drops an output."""
-    taps: dict[str, str | None] = dict(TAPS)
-    taps.update({str(output): tap for output, tap in plan.taps.items()})
-    return {output: tap for output, tap in taps.items() if tap is not None}
 
 
 def load(resolved: Resolved) -> Features:
@@ -93,8 +82,7 @@ def load(resolved: Resolved) -> Features:
             trust_remote_code=resolved.plan.trust_remote_code,
         )
     except Exception as error:  # the library raises whatever it comes across in foreign files
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlanError(f"{resolved.plan.model} cannot be loaded by transformers: {first}") from error
+        raise PlanError(f"{resolved.plan.model} cannot be loaded by transformers: {first_line(error)}") from error
     return _tapped(model, resolved, {str(name) for name in info["missing_keys"]})
 
 
@@ -117,7 +105,7 @@ def _tapped(model: Any, resolved: Resolved, missing: set[str]) -> TappedModel:
             f"{resolved.plan.model} lacks {len(missing - unpooled)} weights of its architecture, which would stay "
             f"random (first: {sorted(missing - unpooled)[0]}); give a complete checkpoint"
         )
-    return TappedModel(model, taps, resolved.preprocessing.size)
+    return TappedModel(model, taps, resolved.preprocessing.canvas)
 
 
 def _folder(key: str, plan: Teacher) -> Path:
@@ -128,36 +116,9 @@ def _folder(key: str, plan: Teacher) -> Path:
         return local
     if plan.model.startswith((".", "/", "~")) or plan.model.count("/") != 1:
         raise PlanError(f"{key}.model: no folder {plan.model!r}; give a local folder or a hub name such as org/model")
-    return _snapshot(key, plan)
-
-
-def _snapshot(key: str, plan: Teacher) -> Path:
-    """The hub's files in the local cache, downloaded when they are not there."""
-    import huggingface_hub
-
     wanted = ["*.json", "*.safetensors", *(["*.py"] if plan.trust_remote_code else [])]
-    for local_only in (True, False):
-        try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    plan.model, revision=plan.revision, local_files_only=local_only, allow_patterns=wanted
-                )
-            )
-        except Exception as error:  # offline, no such model, no rights: one sentence serves all of them
-            problem = error
-            continue
-        try:
-            _weight_files(key, folder, _json(folder / "config.json"))
-        except PlanError as error:  # a download that was broken off, or a repository without safetensors
-            problem = error
-            continue
-        return folder
-    revision = f" --revision {plan.revision}" if plan.revision else ""
-    reason = str(problem).strip().splitlines()[0]
-    raise PlanError(
-        f"{key}.model: {plan.model!r} is neither in the local cache nor to be had from the hub ({reason}); on a "
-        f"machine with network run `hf download {plan.model}{revision}`, copy its cache here and set HF_HOME, or "
-        "give a local folder"
+    return snapshot(
+        key, plan, plan.model, wanted, lambda found: _weight_files(key, found, read_json(found / "config.json"))
     )
 
 
@@ -168,7 +129,7 @@ def _weight_files(key: str, folder: Path, config: dict[str, Any]) -> list[Path]:
         raise PlanError(f"{key}.model: transformers_weights in config.json names {other!r}; save the model anew")
     files = [folder / "model.safetensors"]
     if not files[0].is_file() and index.is_file():
-        parts = _json(index).get("weight_map")
+        parts = read_json(index).get("weight_map")
         if not isinstance(parts, dict) or not parts:
             raise PlanError(f"{key}.model: {index} has no weight_map; copy it again")
         files = [folder / str(name) for name in sorted(set(parts.values()))]
@@ -178,12 +139,23 @@ def _weight_files(key: str, folder: Path, config: dict[str, Any]) -> list[Path]:
     return files
 
 
+def _code(key: str, folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The Python files that come with a model: they decide the numbers, too."""
+    for place in (config.get("auto_map") or {}).values():
+        if "--" in str(place):
+            raise PlanError(
+                f"{key}.model: auto_map in config.json names {place!r}, code of another repository; copy it into the "
+                "folder, so that the digest covers it"
+            )
+    return sorted(folder.glob("*.py"))
+
+
 def _preprocessing(key: str, plan: Teacher, folder: Path, config: dict[str, Any]) -> tuple[Preprocessing, str]:
     """From the plan, else from the model's own file, else from what its architecture is published with."""
     own: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            own = _json(folder / name)
+            own = read_json(folder / name)
             own = own.get("image_processor", own)
             origin = name
             break
@@ -197,20 +169,14 @@ def _preprocessing(key: str, plan: Teacher, folder: Path, config: dict[str, Any]
         own.update(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
     scale = 255 * own.get("rescale_factor", 1 / 255) if own.get("do_rescale", True) else 255
     resample = own.get("resample")
-    own_std = _scaled(own.get("image_std"), scale)
-    found: dict[str, Any] = {
-        "size": plan.size or _size(own, config),
-        "interpolation": plan.interpolation
-        or next((name for number, name in RESAMPLE.items() if resample in (number, name)), None),
-        "mean": plan.mean or _scaled(own.get("image_mean"), scale),
-        "std": plan.std or (own_std if own_std and min(own_std) > 0 else None),
+    given = {
+        "size": _size(own, config),
+        "interpolation": next((name for number, name in RESAMPLE.items() if resample in (number, name)), None),
+        "mean": _scaled(own.get("image_mean"), scale),
+        "std": _scaled(own.get("image_std"), scale),
     }
-    if unknown := [name for name, value in found.items() if value is None]:
-        raise PlanError(
-            f"{key}: {plan.model!r} has no preprocessor_config.json that gives {', '.join(unknown)}; add "
-            f"{'it' if len(unknown) == 1 else 'them'} to the plan or the file to the folder"
-        )
-    return Preprocessing(**found), origin
+    giver = f"{plan.model!r} has no preprocessor_config.json that"
+    return chosen_preprocessing(key, plan, given, giver, " or the file to the folder"), origin
 
 
 def _size(own: dict[str, Any], config: dict[str, Any]) -> int | None:
@@ -241,18 +207,3 @@ def _lasting(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {key: _lasting(value) for key, value in config.items() if key not in VOLATILE}
-
-
-def _commit(folder: Path) -> str | None:
-    """The hub's commit, which names the snapshot folder."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise PlanError(f"{file} is not a JSON object")
-    return document

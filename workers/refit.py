@@ -1,0 +1,119 @@
+"""`statsvc refit`: new fits on the statistics of all dataset shards there are now. What is cached stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from statsvc.errors import PlanError
+from statsvc.moments import Moments
+from statsvc.plan import Plan
+from statsvc.store import Store
+from statsvc.transform import Transform
+from workers.agenda import Agenda
+from workers.lease import Lease
+from workers.phases import Phases
+from workers.progress import Display
+from workers.run import started
+
+Near = dict[str, dict[str, str]]  # by teacher and output: the digest of a phi-s transform
+
+
+def refit(
+    plan: Plan, show: Display, *, near: Sequence[str] = (), teachers: Sequence[str] = (), fresh: bool = False
+) -> int:
+    """Measure a new pilot and fit anew, near the given transforms, else near the current ones, else afresh.
+
+    The teachers are those of the given transforms, or those named, or all of the plan. Returns the exit code 0.
+    Raises PlanError before anything is written.
+    """
+    agenda = Agenda(plan)
+    if not agenda.has_store:
+        raise PlanError(f"store: there is none at {plan.store!r} to fit anew; `statsvc run PLAN` makes one")
+    wanted = choose(agenda, near, teachers, fresh)
+    with started(agenda, show) as (engine, ready, stopping), Lease(agenda.backend) as lease:
+        agenda = Agenda(plan, agenda.resolved)
+        before = {name: agenda.store.teacher(name).fits() for name in wanted}
+        if not Phases(agenda, show, engine, ready, lease, stopping).refit(wanted):
+            show.line("nothing to do: no dataset shard came to the statistics, and the plan fits as before")
+            return 0
+    store = Agenda(plan, agenda.resolved).store
+    for name in wanted:
+        for output, methods in store.teacher(name).fits().items():
+            show.line(f"{name} {output}: phi-s is now {_digest(methods)}")
+            old = wanted[name].get(output) or before[name].get(output, {}).get("phi-s")
+            if not isinstance(old, str) or not isinstance(methods["phi-s"], str):
+                continue
+            first, second = store.transform(old), store.transform(methods["phi-s"])
+            if first.rank == second.rank:
+                cosine = alignment(first, second, store.teacher(name).moments(output))
+                show.line(f"  cosine between its targets and those of {old[:12]}: {cosine:.4f}")
+    show.line("cache sets that are there were not touched; statsvc run caches with the new fits, beside them")
+    return 0
+
+
+def choose(agenda: Agenda, near: Sequence[str], teachers: Sequence[str], fresh: bool) -> Near:
+    """What to fit near what. Raises PlanError for digests and names that are not there or cannot be near."""
+    store = agenda.store
+    wanted: Near = {}
+    if near and (fresh or teachers):
+        raise PlanError("--near says which teachers are fitted anew, and that they are not fresh; leave out the others")
+    for name in teachers or ([] if near else agenda.plan.teachers):
+        if name not in agenda.plan.teachers:
+            raise PlanError(f"--teacher: {name!r} is not in the plan; it has {', '.join(agenda.plan.teachers)}")
+        if not agenda.is_fitted(name):
+            raise PlanError(f"teachers.{name} is not fitted yet; `statsvc run PLAN` does that")
+        wanted[name] = {} if fresh else _current(store, name)
+    for digest in near:
+        transform = _transform(store, digest)
+        owners = [name for name in agenda.plan.teachers if _has(store, name, transform)]
+        if not owners:
+            raise PlanError(f"--near: {digest} is the transform of no teacher of the plan as it is now")
+        for name in owners:
+            wanted[name] = wanted.get(name, _current(store, name)) | {transform.output: transform.digest}
+    for name, outputs in wanted.items():
+        for output, digest in outputs.items():
+            rank, asked = store.transform(digest).rank, agenda.plan.targets.rank
+            if rank != (asked or store.teacher(name).dims[output]):
+                raise PlanError(
+                    f"targets.rank: {asked} cannot be near {digest[:12]}, whose targets have {rank} channels; use "
+                    f"rank: {rank}, or --fresh"
+                )
+    return wanted
+
+
+def alignment(old: Transform, new: Transform, moments: Moments[np.ndarray]) -> float:
+    """Cosine between the targets of two transforms, pooled over the feature vectors of these moments."""
+    covariance_DD = moments.covariance()
+    together = np.sum((old.matrix @ covariance_DD) * new.matrix)
+    powers = [np.sum((t.matrix @ covariance_DD) * t.matrix) for t in (old, new)]
+    return float(together / np.sqrt(powers[0] * powers[1]))
+
+
+def _transform(store: Store, digest: str) -> Transform:
+    known = [name.removesuffix(".safetensors") for name in store.backend.list(".statsvc/transforms")]
+    found = [full for full in known if full.startswith(digest)] if len(digest) >= 12 else []
+    if len(found) != 1:
+        raise PlanError(f"--near: {digest!r} is not the digest, or its first 12 digits, of a transform of this store")
+    transform = store.transform(found[0])
+    if transform.method != "phi-s":
+        raise PlanError(f"--near: {digest} is {transform.method}; only phi-s can be fitted near another")
+    return transform
+
+
+def _has(store: Store, name: str, transform: Transform) -> bool:
+    if name not in store.teachers():
+        return False
+    teacher = store.teacher(name)
+    return teacher.fingerprint == transform.fingerprint and transform.output in teacher.outputs
+
+
+def _current(store: Store, name: str) -> dict[str, str]:
+    fits = store.teacher(name).fits()
+    return {output: methods["phi-s"] for output, methods in fits.items() if isinstance(methods["phi-s"], str)}
+
+
+def _digest(methods: dict[str, object]) -> str:
+    found = methods["phi-s"]
+    return found if isinstance(found, str) else f"refused: {found}"

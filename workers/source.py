@@ -1,0 +1,60 @@
+"""Where the bytes of a dataset shard come from: a local tar, a URL, or files of a folder. All are read in order, once.
+
+A new kind of source is one new file and one line in `open_source`.
+"""
+
+from __future__ import annotations
+
+import os
+from io import FileIO
+from pathlib import Path
+from typing import Protocol
+
+from workers.folder import FileStream, FolderShard
+from workers.urls import is_url, shown
+
+Location = str | Path | FolderShard
+
+
+class Source(Protocol):
+    """size: how many bytes there should be, as it says at the beginning."""
+
+    size: int
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, usually no more than so many; none at the end. Raises OSError or UnreadableShard."""
+
+    def close(self) -> None: ...
+
+
+class LocalFile(FileIO):
+    """A tar on a disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
+
+
+def open_source(location: Location) -> Source:
+    """Raises OSError or UnreadableShard."""
+    if isinstance(location, FolderShard):
+        return FileStream(location)
+    if isinstance(location, str) and is_url(location):
+        from workers.remote import RemoteFile  # here, because a run over local files should not wait for its import
+
+        return RemoteFile(location)
+    return LocalFile(location)
+
+
+def size_of(location: Location) -> int | None:
+    """Bytes of a dataset shard, where that can be told without asking a server."""
+    if isinstance(location, FolderShard):
+        return location.nbytes
+    if isinstance(location, str) and is_url(location):
+        return None
+    return Path(location).stat().st_size
+
+
+def show_location(location: Location) -> str:
+    """For messages and records."""
+    return shown(str(location))
