@@ -34,15 +34,15 @@ from statsvc.layout import (
 )
 
 C, T, K, D, SHARDS = 7, 5, 12, 6, 3
-SET = "phi-s-0123456789ab-int8"
+SET, RAW = "phi-s-0123456789ab-int8", "raw-float32"
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 BYTES, CRC = {"name": "bytes"}, {"name": "crc32c"}
 
 
-def sharded(inner: dict[str, Any]) -> list[dict[str, Any]]:
+def sharded(inner: dict[str, Any], width: int = K) -> list[dict[str, Any]]:
     """One chunk per row, the index at the end, checksums on both, no compression."""
     configuration = {
-        "chunk_shape": [1, T, K],
+        "chunk_shape": [1, T, width],
         "codecs": [inner, CRC],
         "index_codecs": [LITTLE, CRC],
         "index_location": "end",
@@ -56,11 +56,17 @@ def every_spec() -> dict[str, ArraySpec]:
     for dtype in CODECS:
         set_ = set_name("phi-s", "0123456789abcdef", dtype)
         specs += cache_arrays("dino", set_, "patches", dtype=dtype, transform="ab" * 32, tokens=T, k=K, rows=C).values()
+    specs += cache_arrays("dino", RAW, "patches", dtype="float32", transform=None, tokens=T, k=K, rows=C).values()
     return {spec.path: spec for spec in specs}
 
 
 SPECS = every_spec()
-CACHE, FLOATS = f"teachers/dino/cache/{SET}/patches", "teachers/dino/cache/phi-s-0123456789ab-float16/patches"
+CACHE = f"teachers/dino/cache/{SET}/patches"
+NIBBLES, HALVES, FLOATS, FEATURES = (
+    f"teachers/dino/cache/{name}/patches"
+    for name in ("phi-s-0123456789ab-int4", "phi-s-0123456789ab-float16", "phi-s-0123456789ab-float32", RAW)
+)
+PER_SHARD = ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"])
 MOMENTS = "teachers/dino/moments/patches"
 # path: data type, shape, chunk, codecs, fill value, names of the axes
 DESIGN: dict[str, tuple[str, list[int], list[int], list[dict[str, Any]], Any, list[str]]] = {
@@ -76,11 +82,19 @@ DESIGN: dict[str, tuple[str, list[int], list[int], list[dict[str, Any]], Any, li
     ),
     f"{CACHE}/codes": ("int8", [C * SHARDS, T, K], [C, T, K], sharded(BYTES), 0, ["row", "token", "channel"]),
     f"{CACHE}/scales": ("float32", [C * SHARDS, T], [C, T], [LITTLE, CRC], "NaN", ["row", "token"]),
-    f"{CACHE}/target_mean": ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"]),
-    f"{CACHE}/target_var": ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"]),
-    f"{FLOATS}/values": ("float16", [C * SHARDS, T, K], [C, T, K], sharded(LITTLE), "NaN", ["row", "token", "channel"]),
-    f"{FLOATS}/target_mean": ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"]),
-    f"{FLOATS}/target_var": ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"]),
+    f"{NIBBLES}/codes": (
+        "uint8", [C * SHARDS, T, K // 2], [C, T, K // 2], sharded(BYTES, K // 2), 0, ["row", "token", "channel_pair"]
+    ),
+    f"{NIBBLES}/scales": ("float32", [C * SHARDS, T], [C, T], [LITTLE, CRC], "NaN", ["row", "token"]),
+    f"{HALVES}/values": ("float16", [C * SHARDS, T, K], [C, T, K], sharded(LITTLE), "NaN", ["row", "token", "channel"]),
+    f"{FLOATS}/values": ("float32", [C * SHARDS, T, K], [C, T, K], sharded(LITTLE), "NaN", ["row", "token", "channel"]),
+    f"{FEATURES}/values": (
+        "float32", [C * SHARDS, T, K], [C, T, K], sharded(LITTLE), "NaN", ["row", "token", "channel"]
+    ),
+    **{
+        f"{folder}/{name}": PER_SHARD
+        for folder in (CACHE, NIBBLES, HALVES, FLOATS, FEATURES) for name in ("target_mean", "target_var")
+    },
 }  # fmt: skip
 
 
@@ -94,8 +108,9 @@ def test_the_metadata_of_an_array_is_what_the_design_says(path: str) -> None:
     attributes = {}
     if path.endswith(("codes", "scales", "values")):
         attributes = {
-            "transform": "ab" * 32, "dtype": path.split("/")[3].split("-")[-1], "k": K, "output": "patches",
-            "packing": "none",
+            "transform": None if RAW in path else "ab" * 32, "dtype": path.split("/")[3].split("-")[-1], "k": K,
+            "output": "patches",
+            "packing": "two channels a byte, low nibble first, two's complement" if "int4" in path else "none",
         }  # fmt: skip
     assert json.loads(SPECS[path].metadata(SHARDS)) == {
         "zarr_format": 3,
@@ -151,7 +166,7 @@ def test_the_groups_above_an_array_come_outermost_first() -> None:
 
 
 def test_an_unknown_dtype_is_refused_by_name() -> None:
-    with pytest.raises(NotFound, match=r"'float13'.*int8, float16"):
+    with pytest.raises(NotFound, match=r"'float13'.*int8, int4, float16, float32"):
         cache_arrays("dino", SET, "patches", dtype="float13", transform="", tokens=1, k=1, rows=1)
 
 

@@ -231,9 +231,9 @@ class TestWrongPlans:
             {"teachers": {"dino": {**TINY_DINO, "model": "dinov22"}}},
             ("dinov22",),
         ),
-        "a width without a Hadamard matrix": (
-            {"teachers": {"dino": tiny_dino(hidden_size=37, num_attention_heads=1)}},
-            ("normalize", "37", "standardize"),
+        "more channels than the teacher has": (
+            {"teachers": {"dino": tiny_dino(hidden_size=37, num_attention_heads=1)}, "targets": {"rank": 38}},
+            ("targets.rank", "38", "37 channels", "teachers.dino"),
         ),
     }  # fmt: skip
 

@@ -28,6 +28,7 @@ from statsvc.plan import Plan
 from statsvc.store import Store, Teacher
 from statsvc.targets import Targets
 from tests.conftest import ABSENT, PRESENT, ROWS_PER_SHARD, Features, Finished, by_row, plan_for
+from tests.plans import tiny_dino
 from tests.tiny import key_hash
 
 
@@ -92,7 +93,7 @@ def test_names_that_are_not_there_are_refused_with_those_that_are(store: Store, 
         (lambda: store.teacher("../teachers/dino"), "dino, siglip"),
         (lambda: store.key_hashes(3), "dataset shard 3 is not indexed"),
         (lambda: dino.output("patch"), r"'patch'.* patches, summary"),
-        (lambda: dino.transform("phis"), "'phis' for patches; there are global, phi-s, standardize"),
+        (lambda: dino.transform("phis"), "'phis' for patches; there are global, hca, pca, phi-s, standardize, zca"),
         (lambda: dino.transform("phi-s", output="patch"), "patches, summary"),
         (lambda: dino.moments("patch"), "'patch'"),
         (lambda: dino.shard_moments("patches", 3), "dataset shard 3 was not measured"),
@@ -346,6 +347,17 @@ def test_of_two_cache_sets_one_must_be_named(two_sets: Finished, targets: Target
     np.testing.assert_allclose(y_NTk, expected_NTk, rtol=2**-11, atol=1e-4)
     with pytest.raises(AbsentRow):
         dino.targets("patches", cache_set=floats).read([9])
+
+
+def test_a_width_without_a_hadamard_matrix_is_normalized_like_any_other(finished: Finished, dinov2: Path) -> None:
+    odd = tiny_dino(hidden_size=37, num_attention_heads=1)
+    plan = plan_for(finished.folder, dinov2, store=str(finished.folder / "odd"), teachers={"odd": odd})
+    assert Finished(finished.folder, plan).run() == 0
+    teacher = statsvc.open(str(finished.folder / "odd")).teacher("odd")
+    transform, covariance_DD = teacher.transform("phi-s"), teacher.moments("patches").covariance()
+    variance_k = np.einsum("kd,de,ke->k", transform.matrix, covariance_DD, transform.matrix)
+    np.testing.assert_allclose(variance_k, 1, atol=1e-12)
+    assert transform.hadamard == "minor of S(2) x P1(20)"
 
 
 # --- growing and damaged stores: never zeros ---

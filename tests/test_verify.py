@@ -309,8 +309,8 @@ def test_moments_that_were_measured_anew_with_other_numbers_are_not_those_of_the
     record = write_chunk(finished.store.backend, spec, 1, other)
     objects = [record._asdict() if known["path"] == record.path else known for known in content["objects"]]
     rewritten(finished.path / path, objects=objects)
-    digests = finished.store.teacher("dino").fits()["patches"].values()
-    assert set(found(finished)) == {f".statsvc/transforms/{digest}.safetensors" for digest in digests}
+    fits = finished.store.teacher("dino").fits()["patches"].values()
+    assert set(found(finished)) == {f".statsvc/transforms/{fit}.safetensors" for fit in fits if isinstance(fit, str)}
 
 
 # --- metadata that is sound JSON, but wrong ---
