@@ -157,8 +157,9 @@ class Statistics(Section):
 class Whitening(Section):
     """How far pca, zca and hca may go; relative to the gain of phi-s, so without a unit."""
 
+    # Not zero: behind a LayerNorm, as most teachers end in one, features have no variance in one direction.
     eigenvalue_floor: NonNegativeFloat = Field(
-        0.0, lt=1, description="smaller eigenvalues, as a fraction of their mean, are raised to this"
+        1e-6, lt=1, description="smaller eigenvalues, as a fraction of their mean, are raised to this"
     )
     max_gain: float = Field(1000.0, ge=1, description="a method that multiplies any direction by more is refused")
 

@@ -75,8 +75,8 @@ def _minor(order: int, dim: int) -> np.ndarray:
     signs_nn = hadamard(order)[_shuffle(order, 1)][:, _shuffle(order, 2)]
     whole_nn = signs_nn / np.sqrt(order)
     cut = order - dim
-    left_EE, strength_E, right_EE = np.linalg.svd(whole_nn[:cut, :cut])
     with threadpool_limits(1):
+        left_EE, strength_E, right_EE = np.linalg.svd(whole_nn[:cut, :cut])
         bridge_Ek = (right_EE.T / (1 + strength_E)) @ (left_EE.T @ whole_nn[:cut, cut:])
         minor_kk: np.ndarray = whole_nn[cut:, cut:] - whole_nn[cut:, :cut] @ bridge_Ek
     return minor_kk

@@ -66,10 +66,11 @@ NIBBLES, HALVES, FLOATS, FEATURES = (
     f"teachers/dino/cache/{name}/patches"
     for name in ("phi-s-0123456789ab-int4", "phi-s-0123456789ab-float16", "phi-s-0123456789ab-float32", RAW)
 )
-PER_SHARD = ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"])
 MOMENTS = "teachers/dino/moments/patches"
-# path: data type, shape, chunk, codecs, fill value, names of the axes
-DESIGN: dict[str, tuple[str, list[int], list[int], list[dict[str, Any]], Any, list[str]]] = {
+# data type, shape, chunk, codecs, fill value, names of the axes
+Description = tuple[str, list[int], list[int], list[dict[str, Any]], Any, list[str]]
+PER_SHARD: Description = ("float32", [SHARDS, K], [1, K], [LITTLE, CRC], "NaN", ["shard", "channel"])
+DESIGN: dict[str, Description] = {
     "samples/key_hash": ("uint8", [C * SHARDS, 16], [C, 16], [BYTES, CRC], 0, ["row", "byte"]),
     "samples/status": ("uint8", [C * SHARDS], [C], [BYTES, CRC], 0, ["row"]),
     "samples/views": ("float32", [C * SHARDS, 5], [C, 5], [LITTLE, CRC], "NaN", ["row", "x_y_w_h_flip"]),

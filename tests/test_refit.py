@@ -147,7 +147,7 @@ def test_a_missing_transform_of_an_earlier_fit_is_found(grown: Finished) -> None
     [
         ({"targets": {"rank": 8}}, "rank is None there and 8 here"),
         ({"whitening": {"max_gain": 10.0}}, "max_gain is 1000.0 there and 10.0 here"),
-        ({"whitening": {"eigenvalue_floor": 0.01}}, "eigenvalue_floor is 0.0 there and 0.01 here"),
+        ({"whitening": {"eigenvalue_floor": 0.01}}, "eigenvalue_floor is 1e-06 there and 0.01 here"),
     ],
 )
 def test_a_run_never_ignores_that_the_plan_would_fit_in_another_way(

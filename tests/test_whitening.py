@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from statsvc.errors import CannotFit, PlanError
 from statsvc.moments import Moments
 from statsvc.normalizations import fit
+from statsvc.plan import Whitening
 from statsvc.rotation import flat
 from tests.features import COVARIANCES, TEACHERS, Floats, teacher_features, wishart
 from tests.test_normalizations import of_covariance
@@ -100,7 +101,7 @@ def test_signs_are_canonical(method: str) -> None:
     assert np.all(np.diagonal(fit(of_covariance(graded(37, 1e3)), method).matrix) >= 0)
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("floor", [0.0, 0.01])
 @pytest.mark.parametrize("dim", [12, 37, 191, 192])
 def test_in_hca_an_error_in_any_one_target_is_equally_long_in_the_features(dim: int, floor: float) -> None:
     transform = fit(of_covariance(graded(dim, 1e4)), "hca", eigenvalue_floor=floor)
@@ -144,19 +145,34 @@ def test_singular_covariances_are_refused_whatever_the_gain(method: str, kind: s
     for max_gain, reason in ((1000.0, "than max_gain, 1000 times"), (1e300, "divide by what may be rounding")):
         with pytest.raises(CannotFit, match=f"^{method} takes no eigenvalues below .* of 12 are, .*{reason}"):
             fit(moments, method, max_gain=max_gain)
-    assert fit(moments, method, eigenvalue_floor=1e-3).rank == 12
+    with pytest.raises(CannotFit, match=rf"^{method} would raise (7|11) of 12 eigenvalues to 0\.001 of their mean"):
+        fit(moments, method, eigenvalue_floor=1e-3)
 
 
 @pytest.mark.parametrize("method", WHITENINGS)
-def test_as_few_feature_vectors_as_channels_are_refused_unless_there_is_a_floor(method: str) -> None:
+def test_as_few_feature_vectors_as_channels_are_refused_whatever_the_floor(method: str) -> None:
     few = Moments.of(teacher_features("sam", 12, 12).astype(np.float64))
-    with pytest.raises(CannotFit, match=f"^{method} needs more feature vectors than channels; 12 of width 12 .* 1 dir"):
-        fit(few, method)
-    floored = fit(few, method, eigenvalue_floor=1e-2)
-    x_ND = teacher_features("sam", 12, 12).astype(np.float64)
-    assert np.abs(floored.invert(floored.apply(x_ND)) - x_ND).max() <= 1e-10
-    with pytest.raises(CannotFit, match="1 of 12 are"):
-        fit(few, method, eigenvalue_floor=1e-8)
+    for floor in (0.0, 0.01):
+        with pytest.raises(
+            CannotFit, match=f"^{method} needs more feature vectors than channels; 12 of width 12 .* 1 dir"
+        ):
+            fit(few, method, eigenvalue_floor=floor)
+
+
+@pytest.mark.parametrize("method", WHITENINGS)
+def test_a_layer_norm_that_leaves_one_direction_without_variance_is_whitened_with_the_default_of_plans(
+    method: str,
+) -> None:
+    x_ND = np.random.default_rng(0).standard_normal((4000, 24)) @ np.diag(np.geomspace(1, 5, 24))
+    normed_ND = (x_ND - x_ND.mean(axis=1, keepdims=True)) / x_ND.std(axis=1, keepdims=True)
+    moments = Moments.of(normed_ND * np.linspace(0.5, 2, 24) + 1)
+    with pytest.raises(CannotFit):
+        fit(moments, method)
+    limits = Whitening()
+    transform = fit(moments, method, eigenvalue_floor=limits.eigenvalue_floor, max_gain=limits.max_gain)
+    values_D = np.linalg.eigvalsh(transform.matrix @ moments.covariance() @ transform.matrix.T)
+    assert abs(values_D[0]) <= 1e-6
+    assert np.abs(values_D[1:] - 1).max() <= 1e-9
 
 
 @pytest.mark.parametrize("option", [{"eigenvalue_floor": -0.1}, {"eigenvalue_floor": np.nan}, {"max_gain": 0.0}])

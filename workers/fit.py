@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from statsvc.arrays import publish
 from statsvc.canonical import sha256
@@ -18,6 +19,7 @@ from statsvc.moments import Moments
 from statsvc.normalizations import METHODS, fit
 from statsvc.plan import Plan, Whitening
 from statsvc.store import Store, Teacher
+from statsvc.transform import Transform
 from workers.pilot import Confidence, Pilot, confidence
 
 
@@ -61,6 +63,7 @@ def fit_teacher(
                 "rank": transform.rank,
                 "rotation": transform.rotation,
                 "hadamard": transform.hadamard,
+                "target_variance": _target_variance(transform, moments),
                 "options": options,
                 "near": close_to,
                 **_trust(trust),
@@ -114,6 +117,13 @@ def _about(teacher: Teacher, output: str, moments: Moments[np.ndarray], pilot: P
         "channel_mean": [float(moments.mean.min()), float(moments.mean.max())],
         "channel_std": [float(np.sqrt(variance_D.min())), float(np.sqrt(variance_D.max()))],
     }
+
+
+def _target_variance(transform: Transform, moments: Moments[np.ndarray]) -> list[float]:
+    """Least and largest variance of a channel of the targets on the pilot; below 1 where an eigenvalue was raised."""
+    with threadpool_limits(1):  # or the report would have other bytes on another machine
+        variance_k = np.einsum("kd,kd->k", transform.matrix @ moments.covariance(), transform.matrix)
+    return [float(variance_k.min()), float(variance_k.max())]
 
 
 def _trust(found: Confidence | None) -> dict[str, Any]:
