@@ -204,7 +204,13 @@ def test_a_transform_is_the_fit_of_the_moments_and_lies_there_as_safetensors(
 def test_a_report_tells_what_every_fit_was_made_from(dino: Teacher) -> None:
     report = dino.report()
     assert list(report) == ["patches", "summary"]
-    assert all(set(methods) == {"phi-s", "global", "standardize"} for methods in report.values())
+    assert set(report["patches"]) == {"phi-s", "global", "standardize", "pca", "zca", "hca"}
+    # 17 summaries, one of each image, are too few to whiten 32 channels.
+    assert set(report["summary"]) == {"phi-s", "global", "standardize"}
+    assert "needs more feature vectors" in dino.fits()["summary"]["zca"]["refused"]
+    np.testing.assert_allclose(report["patches"]["phi-s"]["target_variance"], [1, 1], atol=1e-12)
+    low, high = report["patches"]["zca"]["target_variance"]  # one direction behind the LayerNorm was raised to the floor
+    assert 0.5 < low < high <= 1 + 1e-9
     about = report["patches"]["phi-s"]
     assert about["digest"] == dino.transform("phi-s").digest
     assert (about["images"], about["count"], about["dim"], about["rank"]) == (17, 17 * 16, 32, 32)

@@ -18,6 +18,7 @@ from statsvc.plan import Plan
 from workers.agenda import Agenda
 from workers.dataset import pilot_order
 from workers.decoders import Decoders
+from workers.engines.base import decoder_processes, devices
 from workers.fingerprint import cores
 from workers.noise import Noise
 from workers.run import check_fits, check_rank
@@ -55,11 +56,10 @@ def estimate(plan: Plan, images: int, tell: Tell) -> dict[str, Any]:
     encoded = _trial_images(agenda, work, images)
     tell(f"loading {', '.join(plan.teachers)}; a trial with {len(encoded)} images")
     settings = next(iter(agenda.settings.values()))
-    devices = torch.cuda.device_count()  # as the engine counts them
-    decoders = plan.engine.decoders
-    processes = max(1, cores() // max(1, devices) - 1) if decoders == "auto" else decoders
+    found = devices()
+    processes = decoder_processes(plan, len(found))
     with computing(settings["threads"]):
-        device = torch.device("cuda:0" if devices else "cpu")
+        device = torch.device(found[0])
         teachers = {
             name: LoadedTeacher(name, resolved, device, agenda.settings[name]["precision"])
             for name, resolved in agenda.resolved.items()
@@ -69,7 +69,7 @@ def estimate(plan: Plan, images: int, tell: Tell) -> dict[str, Any]:
             trial = run_trial(plan, teachers, encoded, pool, settings["batch_size"])
     if not trial.images:
         raise UnreadableShard(f"none of the first {len(encoded)} images of the plan can be decoded; check data.shards")
-    return _document(agenda, work, {name: t.outputs for name, t in teachers.items()}, trial, devices, processes)
+    return _document(agenda, work, {name: t.outputs for name, t in teachers.items()}, trial, found, processes)
 
 
 def plan_work(agenda: Agenda) -> Work:
@@ -130,11 +130,11 @@ def _trial_images(agenda: Agenda, work: Work, wanted: int) -> list[bytes]:
 
 
 def _document(
-    agenda: Agenda, work: Work, shapes: dict[str, dict[str, Output]], trial: Trial, devices: int, processes: int
+    agenda: Agenda, work: Work, shapes: dict[str, dict[str, Output]], trial: Trial, machine: list[str], processes: int
 ) -> dict[str, Any]:
     plan, names = agenda.plan, list(work.samples)
     rows, measured = work.count(names), work.count(work.pilot)
-    seconds = _seconds_per_image(trial, devices, processes)
+    seconds = _seconds_per_image(trial, machine, processes)
     # With raw features the pilot is measured and cached in one pass.
     cached = rows - measured if agenda.is_raw and rows is not None and measured is not None else rows
     teachers = {
@@ -159,7 +159,7 @@ def _document(
         "images": rows,
         "rows": rows,  # one view of each image
         "trial": {"images": trial.images, "undecodable_images": trial.undecodable},
-        "device": {"kind": "cuda" if devices else "cpu", "count": max(1, devices)},
+        "device": {"kind": torch.device(machine[0]).type, "count": len(machine)},
         "decoding": {"images_per_second": trial.images_per_second, "processes": processes},
         "teachers": teachers,
         "normalize": plan.normalize,
@@ -204,12 +204,12 @@ def _noise(noise: Noise | None) -> dict[str, Any]:
     }
 
 
-def _seconds_per_image(trial: Trial, devices: int, processes: int) -> float:
+def _seconds_per_image(trial: Trial, machine: list[str], processes: int) -> float:
     """GPUs and decoders work beside each other, and the slower one counts; on a CPU they share the cores."""
     forward = sum(1 / teacher.images_per_second for teacher in trial.teachers.values())
     decoding = 1 / trial.images_per_second
-    if devices:
-        return max(forward, decoding) / devices
+    if machine != ["cpu"]:
+        return max(forward, decoding) / len(machine)
     return forward + decoding * min(processes, cores()) / cores()
 
 

@@ -13,8 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from statsvc.errors import EngineError, Interrupted, PlanError, StoreError
-from workers.engines.base import ATTEMPTS, EngineSetup
-from workers.fingerprint import cores
+from workers.engines.base import ATTEMPTS, EngineSetup, decoder_processes, devices
 from workers.job import Result, Unit
 from workers.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
 
@@ -42,17 +41,15 @@ class InlineEngine:
         self._workers: list[_Worker] = []
 
     def start(self) -> Ready:
-        devices = _devices()
-        wanted = self._setup.plan.engine.decoders
-        decoders = max(1, cores() // len(devices) - 1) if wanted == "auto" else wanted
-        for device in devices:
+        found = devices()
+        for device in found:
             setup = WorkerSetup(
                 store=self._setup.plan.store,
                 teachers=self._setup.teachers,
                 precisions=self._setup.precisions,
                 device=device,
                 threads=self._setup.threads,
-                decoders=decoders,
+                decoders=decoder_processes(self._setup.plan, len(found)),
             )
             self._workers.append(_spawn(setup))
         answers = [self._await_ready(number) for number in range(len(self._workers))]
@@ -172,9 +169,3 @@ def _death(worker: _Worker) -> Failed:
     code = worker.process.exitcode
     how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
     return Failed("again", f"the worker process on {worker.setup.device} {how}", "no traceback: the process is gone")
-
-
-def _devices() -> list[str]:
-    import torch
-
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
