@@ -40,10 +40,8 @@ RULES = {
     "string_too_short": "a name",
 }
 # The last part of the place of a mistake, where a value may be of several types; what cannot be such a mistake.
-UNION_MEMBERS = (
-    "int", "float", "str", "bool", "constrained-int", "dict[str,constrained-int]", "literal['all']", "literal['auto']",
-    "[key]",
-)  # fmt: skip
+UNION_MEMBERS = ("int", "float", "str", "bool", "constrained-int", "literal['all']", "literal['auto']", "[key]")
+MAPPING = "dict[str,constrained-int]"
 OF_SECTIONS = ("extra_forbidden", "missing", "model_type")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -133,6 +131,13 @@ class Teacher(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     options: dict[str, int | float | str | bool] = Field({}, description="what only this source understands")
 
+    @field_validator("taps")
+    @classmethod
+    def _some(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+        if len(value) == 2 and not any(value.values()):
+            raise ValueError("every output is dropped; keep patches or summary")
+        return value
+
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _triple(cls, value: Any) -> Any:
@@ -147,7 +152,7 @@ class Statistics(Section):
     stop: Literal["converged"] = Field("converged", description="stop when the output variances are known to 1%")
     max_images: PositiveInt = Field(100_000, description="stop here at the latest")
     images: PositiveInt | Literal["all"] | None = Field(None, description="this many instead, converged or not")
-    tokens_per_image: PositiveInt | dict[str, PositiveInt] | None = Field(
+    tokens_per_image: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] | None = Field(
         None,
         description="patches of each image that are measured, drawn at random by its key; null: all. Or a mapping from "
         "patterns of dataset shards' names, such as coco-*.tar, to such numbers; the first that matches counts",
@@ -244,7 +249,7 @@ def _sentences(error: ValidationError) -> list[str]:
     rules: dict[str, list[str]] = {}
     misspelt: set[str] = set()
     for mistake in error.errors():
-        keys, value = [str(part) for part in mistake["loc"]] or ["plan"], mistake["input"]
+        keys, value = [str(part) for part in mistake["loc"] if part != MAPPING] or ["plan"], mistake["input"]
         if keys[-1] in UNION_MEMBERS and mistake["type"] not in OF_SECTIONS:
             keys.pop()
         key = ".".join(keys)

@@ -40,6 +40,12 @@ def print_status(found: dict[str, Any], echo: Callable[[str], Any]) -> None:
         shapes = ", ".join(f"{output} {shape['tokens']}x{shape['dim']}" for output, shape in teacher["outputs"].items())
         echo(f"teacher {name}: {shapes}")
         echo(f"  measured {teacher['measured']} dataset shards; fitted: {', '.join(teacher['fitted']) or 'not yet'}")
+        for output, methods in teacher["fits"].items():
+            for method, fit in methods.items():
+                if isinstance(fit, dict):
+                    echo(f"  refused for {output}: {fit['refused']}")
+                elif method == "phi-s":
+                    echo(f"  phi-s of {output}: {fit}")
         for cache_set, cached in teacher["cached"].items():
             counts = ", ".join(f"{count} {status}" for status, count in cached["status"].items())
             echo(
@@ -72,13 +78,12 @@ def _teacher(store: Store, teacher: Teacher) -> dict[str, Any]:
             "bytes": sum(record.bytes for commit in commits for record in commit.objects),
             "failed": _failures(commits, names),
         }
+    made = [{m for m, fit in methods.items() if isinstance(fit, str)} for methods in teacher.fits().values()]
     return {
         "fingerprint": teacher.fingerprint,
         "outputs": {name: {"tokens": shape.tokens, "dim": shape.dim} for name, shape in teacher.outputs.items()},
         "measured": len(store.ledger.shards("measure", teacher.name)),
-        "fitted": sorted(
-            {m for methods in teacher.fits().values() for m, fit in methods.items() if isinstance(fit, str)}
-        ),
+        "fitted": sorted(set.intersection(*made)) if made else [],
         "fits": teacher.fits(),
         "cached": cached,
     }

@@ -162,7 +162,7 @@ class Teacher:
         """Names of the cache sets."""
         return [name for name in self.store.backend.list(f"teachers/{self.name}/cache") if name != "zarr.json"]
 
-    def targets(self, output: str = "patches", cache_set: str | None = None, method: str = "phi-s") -> Targets:
+    def targets(self, output: str = "patches", cache_set: str | None = None, method: str | None = None) -> Targets:
         """The cached targets of an output; `cache_set` chooses where there are several.
 
         method  by which features of a raw cache set are normalized when they are read

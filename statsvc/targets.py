@@ -29,12 +29,18 @@ OPEN_SHARDS = 1024  # feature shards a reader keeps mapped
 class Targets:
     """The cached targets of one output in one cache set: rows [T, k] that exist only where a commit says so.
 
-    method  normalizes what is read of a raw cache set, by its current fit; other sets were made with theirs
+    method  normalizes what is read of a raw cache set, by its current fit; other sets were made with theirs.
+            None: phi-s, or theirs
     """
 
-    def __init__(self, teacher: Teacher, output: str, set_: str, method: str = "phi-s") -> None:
+    def __init__(self, teacher: Teacher, output: str, set_: str, method: str | None = None) -> None:
         self.teacher, self.output, self.set = teacher, output, set_
-        self.is_raw, self._method = is_raw(set_), method
+        self.is_raw, self._method = is_raw(set_), method or "phi-s"
+        if method is not None and not self.is_raw and not set_.startswith(f"{method}-"):
+            raise NotFound(
+                f"the targets of {set_} were made with their own method, not {method}; choose another cache_set, "
+                "or leave method out"
+            )
         self._store = teacher.store
         folder = f"teachers/{teacher.name}/cache/{set_}/{output}"
         self.dtype = set_dtype(set_)
@@ -76,18 +82,18 @@ class Targets:
     def covered(self, rows: Rows) -> np.ndarray:
         """bool [N, T]: the tokens that lie wholly inside the image; the others saw padding, and no statistics.
 
-        All of them where views are squares, and for a summary.
+        All of them where views are squares, and for a summary. Raises AbsentRow.
         """
         shard_N, row_N = np.divmod(row_numbers(rows), self._store.rows_per_shard)
         covered_NT = np.ones((len(row_N), self.tokens), bool)
-        grid = self.teacher.output(self.output).grid
-        if grid is None or attributes(self._store.backend, "").get("views", {}).get("kind") != "whole":
-            return covered_NT
-        size = self.teacher.preprocessing["size"]
+        grid, size = self.teacher.output(self.output).grid, self.teacher.preprocessing["size"]
+        padded = attributes(self._store.backend, "").get("views", {}).get("kind") == "whole"
         for begin, end in _runs(shard_N):
-            views_C5 = self._views(int(shard_N[begin]))
-            boxes = [Box(*map(int, views_C5[row, :4])) for row in self._present(shard_N, row_N, begin, end)]
-            covered_NT[begin:end] = covered_tokens(np.array([extent(box, size) for box in boxes]), size, grid)
+            rows_N = self._present(shard_N, row_N, begin, end)
+            if grid is not None and padded:
+                views_N5 = self._views(int(shard_N[begin]))[rows_N]
+                extents_N2 = np.array([extent(Box(*map(int, view[:4])), size) for view in views_N5])
+                covered_NT[begin:end] = covered_tokens(extents_N2, size, grid)
         return covered_NT
 
     def read_stored(self, rows: Rows) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class _Check:
         self.store, self.checked, self.damage = store, 0, dict[str, Damage]()
         self._rows = store.rows_per_shard
         self._pilots = dict[str, tuple[str, list[int]]]()  # record and dataset shards by teacher
+        self._due_near = dict[str, dict[str, str]]()  # of refits: by teacher and output, what the fit is to be near
         self._fitted = set[str]()
         self._arrays = list[tuple[ArraySpec, int]]()  # that are there, with the dataset shards they must have room for
 
@@ -99,6 +100,7 @@ class _Check:
                 if pilot_path(record["teachers"]) != path:
                     raise DamagedObject(f"it belongs at {pilot_path(record['teachers'])}")
                 self._pilots |= dict.fromkeys(record["teachers"], (path, record["shards"]))
+                self._due_near |= record.get("near", {})
             except (DamagedObject, LookupError, TypeError) as error:
                 self.damaged(path, error, None)
 
@@ -119,7 +121,9 @@ class _Check:
             self.objects(commit, teacher)
             if commit.shard not in indexed:
                 self.damaged(commit_path("index", commit.shard), f"missing, though {commit.path} is there", None)
-        self.fits(teacher, {digest for commit in cached for digest in (commit.transform or {}).values()})
+        self.fits(
+            teacher, {d: f"cache set {commit.set}" for commit in cached for d in (commit.transform or {}).values()}
+        )
 
     def commits(self, phase: str, teacher: Teacher | None = None, cache_set: str | None = None) -> Iterator[Commit]:
         """The sound commits of a phase."""
@@ -162,8 +166,20 @@ class _Check:
         shard_file.verify_all()
         return shard_file.present_R
 
-    def fits(self, teacher: Teacher, in_use: set[str]) -> None:
-        """The current fits, and of earlier ones the transforms without which targets that are there say nothing."""
+    def _near(self, teacher: Teacher, fits: dict[str, dict[str, Any]]) -> dict[str, str]:
+        """The transforms that fits are near to or are to be near to: without them, no fit can be made again."""
+        found = dict.fromkeys(self._due_near.get(teacher.name, {}).values(), "a refit")
+        for methods in fits.values():
+            try:
+                near = self.store.report(methods["phi-s"]).get("near")
+            except (DamagedObject, TypeError, KeyError):
+                continue  # found already, or refused
+            if near:
+                found[near] = f"the phi-s of {teacher.name}"
+        return found
+
+    def fits(self, teacher: Teacher, in_use: dict[str, str]) -> None:
+        """The current fits, and the transforms of earlier ones that something still needs, by digest."""
         path = fit_path(teacher.name)
         self.checked += 1
         try:
@@ -178,13 +194,15 @@ class _Check:
             for method, digest in methods.items():
                 if isinstance(digest, str):
                     self.fit(teacher, output, method, digest)
-                    in_use.discard(digest)
-        for digest in in_use:
+                    in_use.pop(digest, None)
+        for digest, user in (self._near(teacher, fits) | in_use).items():
             self.checked += 1
             try:
                 self.store.transform(digest)
             except DamagedObject as error:
-                self.damaged(transform_path(digest), error, None)
+                what = "missing" if self.store.backend.size(transform_path(digest)) is None else str(error)
+                reason = f"{what}; {user} needs it, and no run makes it anew: restore the file from a copy"
+                self.damaged(transform_path(digest), reason, None)
 
     def fit(self, teacher: Teacher, output: str, method: str, digest: str) -> None:
         """The transform that a fit commit names, its report, and the moments that both were made from."""
@@ -196,7 +214,8 @@ class _Check:
                 raise DamagedObject("a report on another transform")
             pilot = report["pilot"]
             record, shards = self._pilots.get(teacher.name, ("", pilot))
-            if shards != pilot:
+            # A pilot with `near` was written down by a refit; if that was broken off, the next run takes it up.
+            if shards != pilot and teacher.name not in self._due_near:
                 self.damaged(record, f"not the pilot that {teacher.name} was fitted on", None)
         except DamagedObject as error:
             self.damaged(report_path(digest), error, path)

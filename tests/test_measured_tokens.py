@@ -18,12 +18,12 @@ from PIL import Image
 
 import statsvc
 from statsvc.arrays import read_chunk
-from statsvc.errors import FingerprintMismatch
+from statsvc.errors import AbsentRow, FingerprintMismatch, PlanError
 from statsvc.moments import Moments
 from statsvc.plan import Plan
 from statsvc.verify import verify_store
 from statsvc.views import Box, covered_tokens, extent, whole
-from tests.conftest import Finished, in_process, plan_for
+from tests.conftest import ABSENT, Finished, in_process, plan_for
 from tests.plans import TINY_SIGLIP
 from tests.tiny import photograph, write_tar
 from workers.agenda import tokens_per_image
@@ -174,6 +174,19 @@ def test_another_number_of_tokens_is_another_fingerprint(finished: Finished, din
     plan = plan_for(finished.folder, dinov2, statistics={"images": "all", "tokens_per_image": 3})
     with pytest.raises(FingerprintMismatch, match="tokens_per_image is None there and 3 here"):
         Finished(finished.folder, plan).run()
+
+
+def test_a_pattern_that_matches_no_dataset_shard_is_refused(finished: Finished, dinov2: Path) -> None:
+    statistics = {"images": "all", "tokens_per_image": {"coco-*": 3}}
+    plan = plan_for(finished.folder, dinov2, store=str(finished.folder / "some"), statistics=statistics)
+    with pytest.raises(PlanError, match=r"tokens_per_image: 'coco-\*' matches no dataset shard"):
+        Finished(finished.folder, plan).run()
+
+
+def test_rows_without_a_target_are_covered_by_nothing(finished_once: Finished) -> None:
+    targets = finished_once.store.teacher("dino").targets("patches")
+    with pytest.raises(AbsentRow):
+        targets.covered([0, ABSENT[1]])
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,13 @@ def with_value(line: str) -> str:
             "statistics.tokens_per_image=-1",
             "statistics.tokens_per_image: -1 is wrong; it must be greater than 0 or a mapping",
         ),
+        ("statistics.tokens_per_image={}", "statistics.tokens_per_image: {} is wrong; ..."),
+        (
+            'statistics.tokens_per_image={"a*": 0}',
+            "statistics.tokens_per_image: {'a*': 0} is wrong; it must be a whole number\n"
+            "statistics.tokens_per_image.a*: 0 is wrong; it must be greater than 0",
+        ),
+        ("teachers.dino.taps={patches: null, summary: null}", "...: every output is dropped; keep patches or summary"),
         ("engine.kind=slurm", "engine.kind: 'slurm' is wrong; it must be 'inline'"),
         ("engine.batch_size=big", "engine.batch_size: 'big' is wrong; it must be a whole number or 'auto'"),
         ("engine.decoders=-1", "engine.decoders: -1 is wrong; it must be greater than 0 or 'auto'"),

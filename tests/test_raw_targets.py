@@ -161,6 +161,19 @@ def test_features_beyond_float16_are_refused_counted_and_listed_and_others_keep_
     assert (tmp_path / "store/teachers/fake/status/c/0").read_bytes() == status
 
 
+def test_only_raw_targets_are_normalized_by_a_method_of_choice(finished: Finished) -> None:
+    dino = finished.store.teacher("dino")
+    assert dino.targets("patches", method="phi-s").read([0]).shape == (1, 16, 32)
+    with pytest.raises(NotFound, match="were made with their own method, not standardize"):
+        dino.targets("patches", method="standardize")
+
+
+def test_other_limits_of_whitening_are_refused_for_raw_features_too(raw: Finished, dinov2: Path) -> None:
+    changes = {"store": str(raw.path), "targets": RAW, "whitening": {"eigenvalue_floor": 0.01}}
+    with pytest.raises(PlanError, match=r"eigenvalue_floor is 1e-06 there and 0\.01 here"):
+        Raw(raw.folder, plan_for(raw.folder, dinov2, **changes)).run()
+
+
 def test_verify_and_status_know_raw_features(raw: Finished) -> None:
     assert verify_store(str(raw.path))[1] == []
     values = raw.path / "teachers/siglip/cache/raw-float32/patches/values/c/2/0/0"

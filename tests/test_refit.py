@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def test_a_fresh_refit_owes_nothing_to_the_old_one(grown: Finished) -> None:
     assert np.array_equal(teacher.transform("phi-s").matrix, expected.matrix)
 
 
-def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run(
-    grown: Finished, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("finish", [Finished.run, lambda made: refitted(made)], ids=["run", "refit"])
+def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
+    grown: Finished, finish: Callable[[Finished], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the new pilot was written down and before the second fit."""
     import workers.fit
@@ -117,12 +119,15 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run(
         patch.setattr(workers.phases, "fit_teacher", dies)
         with pytest.raises(KeyboardInterrupt):
             refitted(grown)
-    assert grown.run() == 0
+    assert verify_store(str(grown.path))[1] == []  # work that is left to do is no damage
+    assert finish(grown) == 0
     resumed = grown.contents()
     assert verify_store(str(grown.path))[1] == []
     for name in ("dino", "siglip"):
         assert grown.store.teacher(name).report()["patches"]["phi-s"]["near"]
     assert undisturbed.keys() < resumed.keys()
+    assert refitted(grown) == 0
+    assert grown.run() == 0
 
 
 def test_a_lost_fit_is_repaired_with_the_same_bytes_also_after_a_refit(grown: Finished) -> None:
@@ -139,7 +144,35 @@ def test_a_missing_transform_of_an_earlier_fit_is_found(grown: Finished) -> None
     digest = grown.store.teacher("dino").fits()["patches"]["phi-s"]
     assert refitted(grown) == 0
     (grown.path / f".statsvc/transforms/{digest}.safetensors").unlink()
-    assert [damage.path for damage in verify_store(str(grown.path))[1]] == [f".statsvc/transforms/{digest}.safetensors"]
+    (damage,) = verify_store(str(grown.path))[1]
+    assert damage.path == f".statsvc/transforms/{digest}.safetensors"
+    assert "needs it, and no run makes it anew" in damage.reason
+
+
+def test_a_missing_transform_that_a_fit_is_near_to_is_found_and_a_fresh_refit_does_without_it(
+    grown: Finished,
+) -> None:
+    for name in ("f", "g"):
+        assert refitted(grown) == 0
+        write_tar(grown.folder / f"{name}.tar", photographs(f"{name}0"))
+    near = grown.store.teacher("dino").report()["patches"]["phi-s"]["near"]
+    fits = grown.store.teacher("dino").fits()["patches"]
+    (grown.path / f".statsvc/transforms/{near}.safetensors").unlink()
+    assert f".statsvc/transforms/{near}.safetensors" in {damage.path for damage in verify_store(str(grown.path))[1]}
+    (grown.path / f".statsvc/transforms/{fits['phi-s']}.safetensors").unlink()
+    (grown.path / ".statsvc/commits/fit/dino.json").unlink()
+    assert refitted(grown, fresh=True) == 0
+    assert isinstance(grown.store.teacher("dino").fits()["patches"]["phi-s"], str)
+
+
+def test_a_refit_indexes_what_is_new_and_tells_what_it_refuses(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(finished.folder / "d.tar", photographs("d0", "d1"))
+    write_tar(finished.folder / "c.tar", photographs(*(f"other{i}" for i in range(40))))
+    assert refitted(finished) == 1
+    assert "refused: dataset shard c.tar has changed" in capsys.readouterr().out
+    assert len(finished.store.teacher("dino").report()["patches"]["phi-s"]["pilot"]) == 3  # a, b and d
 
 
 @pytest.mark.parametrize(
@@ -162,7 +195,7 @@ def test_a_run_never_ignores_that_the_plan_would_fit_in_another_way(
 
 def test_a_refit_takes_the_plans_new_rank(finished: Finished, dinov2: Path) -> None:
     other = Finished(finished.folder, plan_for(finished.folder, dinov2, targets={"rank": 8}))
-    with pytest.raises(PlanError, match=r"cannot be near .* whose targets have 32 channels; use rank: 32, or --fresh"):
+    with pytest.raises(PlanError, match=r"cannot be near .* whose targets have 32 channels; leave the rank as it was"):
         refitted(other)
     assert refitted(other, fresh=True) == 0
     assert other.run() == 0

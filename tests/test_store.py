@@ -209,7 +209,9 @@ def test_a_report_tells_what_every_fit_was_made_from(dino: Teacher) -> None:
     assert set(report["summary"]) == {"phi-s", "global", "standardize"}
     assert "needs more feature vectors" in dino.fits()["summary"]["zca"]["refused"]
     np.testing.assert_allclose(report["patches"]["phi-s"]["target_variance"], [1, 1], atol=1e-12)
-    low, high = report["patches"]["zca"]["target_variance"]  # one direction behind the LayerNorm was raised to the floor
+    low, high = report["patches"]["zca"][
+        "target_variance"
+    ]  # one direction behind the LayerNorm was raised to the floor
     assert 0.5 < low < high <= 1 + 1e-9
     about = report["patches"]["phi-s"]
     assert about["digest"] == dino.transform("phi-s").digest

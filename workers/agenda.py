@@ -82,6 +82,11 @@ class Agenda:
         self.settings: dict[str, dict[str, Any]] = {}
         for name, teacher in resolved.items():
             self.settings[name] = settle(name, plan, teacher, stored | self.settings)
+        for pattern in asked if isinstance(asked := plan.statistics.tokens_per_image, dict) else ():
+            if not any(fnmatchcase(name, pattern) for name in self.shards):
+                raise PlanError(
+                    f"statistics.tokens_per_image: {pattern!r} matches no dataset shard of the plan; mend it"
+                )
         self.numbers = self.known_numbers()
         self.changed = self._changed()
 
@@ -188,6 +193,14 @@ class Agenda:
     def is_raw(self) -> bool:
         """Whether features are cached in the teacher's own space, which needs no fit."""
         return self.plan.targets.space == "teacher"
+
+    def pending_refit(self, teacher: str) -> dict[str, str] | None:
+        """What a refit of the teacher that was broken off is to be near to, by output; None: nothing is pending."""
+        due = self.known_pilot([teacher]) if self.has_store else None
+        if due is None or "near" not in due or self.is_fitted(teacher):
+            return None
+        near: dict[str, str] = due["near"].get(teacher, {})
+        return near
 
     def _is_cacheable(self, teacher: str) -> bool:
         return self.is_fitted(teacher) or (self.is_raw and self.has_store and teacher in self.store.teachers())

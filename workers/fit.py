@@ -95,7 +95,8 @@ def fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:
     for output, methods in fits.items():
         if isinstance(methods[method], dict):
             raise CannotFit(
-                f"{method} was refused for {output}: {methods[method]['refused']}; choose another normalize"
+                f"{method} was refused for {output}: {methods[method]['refused']}. Choose another normalize; or, with "
+                "more images or other limits in the plan, `statsvc refit PLAN` fits anew"
             )
     return sha256(*(methods[method].encode() for methods in fits.values()))
 

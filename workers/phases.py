@@ -43,14 +43,17 @@ class Phases:
         self._plan, self._backend, self._record = agenda.plan, agenda.backend, agenda.record
 
     def run(self) -> None:
+        self._prepare()
+        self.fit()
+        self.cache()
+        self._backend.sweep()  # of workers that died and were replaced
+
+    def _prepare(self) -> None:
         if swept := self._backend.sweep():
             self._show.line(f"removed {swept} unfinished files of an earlier run")
         self._record.write(self._plan, self._agenda.shards)
         self.index()
         self._declare_teachers()
-        self.fit()
-        self.cache()
-        self._backend.sweep()  # of workers that died and were replaced
 
     def index(self) -> None:
         """Number the dataset shards. Without rows_per_shard, those new ones are read first that are not told of."""
@@ -108,12 +111,17 @@ class Phases:
                 fit_teacher(agenda.store, name, pilot, record.get("options"), record.get("near", {}).get(name))
                 self._check()
 
-    def refit(self, near: dict[str, dict[str, str]]) -> bool:
-        """Measure a new pilot over all dataset shards there are now and fit anew; False where nothing has changed.
+    def refit(self, near: dict[str, dict[str, str]], *, resume: bool) -> bool:
+        """Measure a new pilot over all dataset shards of the plan and fit anew; False where nothing has changed.
 
-        near  by teacher and output, the digest of the transform that the new phi-s is to be near
+        near    by teacher and output, the digest of the transform that the new phi-s is to be near
+        resume  finish a refit that was broken off instead, as it was begun
         """
         agenda, teachers = self._agenda, list(near)
+        self._prepare()
+        if resume:
+            self.fit()
+            return True
         pilot = self.measure(teachers, None)
         record = {"teachers": teachers, "shards": pilot.shards, "options": fit_options(self._plan), "near": near}
         before = [agenda.known_pilot([name]) or {} for name in teachers]
@@ -170,15 +178,18 @@ class Phases:
         total = next(
             (n for n in samples if limit != "all" and n + pilot.images >= limit), samples[-1] if samples else 0
         )
-        with self._show.phase("measure", total) as bar:
-            for result in self._engine.run(agenda.measure_units(teachers, order, pilot), bar.advance):
-                self._lease.check()
-                if result.problem is not None and known is not None:
-                    raise UnreadableShard(f"dataset shard {result.unit.name} belongs to the pilot: {result.problem}")
-                if result.problem is not None:
-                    self._quarantine("measure", result.unit.name, result.problem)
-                    waiting.remove(result.unit.name)
-                take_measured()
+        if waiting:
+            with self._show.phase("measure", total) as bar:
+                for result in self._engine.run(agenda.measure_units(teachers, order, pilot), bar.advance):
+                    self._lease.check()
+                    if result.problem is not None and known is not None:
+                        raise UnreadableShard(
+                            f"dataset shard {result.unit.name} belongs to the pilot: {result.problem}"
+                        )
+                    if result.problem is not None:
+                        self._quarantine("measure", result.unit.name, result.problem)
+                        waiting.remove(result.unit.name)
+                    take_measured()
         self._stop_if_asked()
         if not pilot.images:
             raise UnreadableShard("no image of any dataset shard could be used; `statsvc status` lists the reasons")

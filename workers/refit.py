@@ -15,7 +15,7 @@ from workers.agenda import Agenda
 from workers.lease import Lease
 from workers.phases import Phases
 from workers.progress import Display
-from workers.run import started
+from workers.run import quarantine_report, started
 
 Near = dict[str, dict[str, str]]  # by teacher and output: the digest of a phi-s transform
 
@@ -31,26 +31,37 @@ def refit(
     agenda = Agenda(plan)
     if not agenda.has_store:
         raise PlanError(f"store: there is none at {plan.store!r} to fit anew; `statsvc run PLAN` makes one")
-    wanted = choose(agenda, near, teachers, fresh)
+    pending = {name: due for name in plan.teachers if (due := agenda.pending_refit(name)) is not None and not fresh}
+    if pending:
+        show.line(f"finishing the refit of {', '.join(pending)} that was broken off, as it was begun")
+    wanted = pending or choose(agenda, near, teachers, fresh)
     with started(agenda, show) as (engine, ready, stopping), Lease(agenda.backend) as lease:
         agenda = Agenda(plan, agenda.resolved)
         before = {name: agenda.store.teacher(name).fits() for name in wanted}
-        if not Phases(agenda, show, engine, ready, lease, stopping).refit(wanted):
-            show.line("nothing to do: no dataset shard came to the statistics, and the plan fits as before")
-            return 0
-    store = Agenda(plan, agenda.resolved).store
-    for name in wanted:
-        for output, methods in store.teacher(name).fits().items():
-            show.line(f"{name} {output}: phi-s is now {_digest(methods)}")
-            old = wanted[name].get(output) or before[name].get(output, {}).get("phi-s")
-            if not isinstance(old, str) or not isinstance(methods["phi-s"], str):
-                continue
-            first, second = store.transform(old), store.transform(methods["phi-s"])
-            if first.rank == second.rank:
-                cosine = alignment(first, second, store.teacher(name).moments(output))
-                show.line(f"  cosine between its targets and those of {old[:12]}: {cosine:.4f}")
-    show.line("cache sets that are there were not touched; statsvc run caches with the new fits, beside them")
-    return 0
+        changed = Phases(agenda, show, engine, ready, lease, stopping).refit(wanted, resume=bool(pending))
+    agenda = Agenda(plan, agenda.resolved)
+    if changed:
+        for name in wanted:
+            _tell(agenda.store, name, wanted[name], before[name], show)
+        show.line(
+            "cache sets that are there were not touched; `statsvc run PLAN` caches with the new fits, beside them"
+        )
+    else:
+        show.line("nothing to do: no dataset shard came to the statistics, and the plan fits as before")
+    return quarantine_report(agenda, show)
+
+
+def _tell(store: Store, name: str, near: dict[str, str], before: dict[str, dict[str, object]], show: Display) -> None:
+    """What became of a teacher's fits."""
+    for output, methods in store.teacher(name).fits().items():
+        new, old = methods["phi-s"], near.get(output) or before.get(output, {}).get("phi-s")
+        show.line(f"{name} {output}: phi-s is now {new if isinstance(new, str) else f'refused: {new}'}")
+        if not isinstance(old, str) or not isinstance(new, str):
+            continue
+        first, second = store.transform(old), store.transform(new)
+        if first.rank == second.rank:
+            cosine = alignment(first, second, store.teacher(name).moments(output))
+            show.line(f"  cosine between its targets and those of {old[:12]}: {cosine:.4f}")
 
 
 def choose(agenda: Agenda, near: Sequence[str], teachers: Sequence[str], fresh: bool) -> Near:
@@ -62,7 +73,7 @@ def choose(agenda: Agenda, near: Sequence[str], teachers: Sequence[str], fresh: 
     for name in teachers or ([] if near else agenda.plan.teachers):
         if name not in agenda.plan.teachers:
             raise PlanError(f"--teacher: {name!r} is not in the plan; it has {', '.join(agenda.plan.teachers)}")
-        if not agenda.is_fitted(name):
+        if not agenda.is_fitted(name) and not fresh:
             raise PlanError(f"teachers.{name} is not fitted yet; `statsvc run PLAN` does that")
         wanted[name] = {} if fresh else _current(store, name)
     for digest in near:
@@ -77,8 +88,8 @@ def choose(agenda: Agenda, near: Sequence[str], teachers: Sequence[str], fresh: 
             rank, asked = store.transform(digest).rank, agenda.plan.targets.rank
             if rank != (asked or store.teacher(name).dims[output]):
                 raise PlanError(
-                    f"targets.rank: {asked} cannot be near {digest[:12]}, whose targets have {rank} channels; use "
-                    f"rank: {rank}, or --fresh"
+                    f"targets.rank: {asked} cannot be near {digest[:12]}, whose targets have {rank} channels; leave "
+                    "the rank as it was, or use --fresh"
                 )
     return wanted
 
@@ -112,8 +123,3 @@ def _has(store: Store, name: str, transform: Transform) -> bool:
 def _current(store: Store, name: str) -> dict[str, str]:
     fits = store.teacher(name).fits()
     return {output: methods["phi-s"] for output, methods in fits.items() if isinstance(methods["phi-s"], str)}
-
-
-def _digest(methods: dict[str, object]) -> str:
-    found = methods["phi-s"]
-    return found if isinstance(found, str) else f"refused: {found}"

@@ -36,12 +36,12 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
             with Lease(agenda.backend):
                 agenda.record.save()
         show.line("nothing to do: every dataset shard of the plan is indexed, measured and cached")
-        return _quarantine_report(agenda, show)
+        return quarantine_report(agenda, show)
     with started(agenda, show) as (engine, ready, stopping):
         if dry_run:
             sizes = {name: row_bytes(outputs, plan) for name, outputs in ready.outputs.items()}
-            print_plan(agenda, sizes, show)
-            return 0
+            readable = print_plan(agenda, sizes, show)
+            return quarantine_report(agenda, show) if readable else 1
         with Lease(agenda.backend) as lease:
             agenda = Agenda(plan, agenda.resolved)  # what another driver did until a moment ago counts
             if retry:
@@ -49,7 +49,7 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
             Phases(agenda, show, engine, ready, lease, stopping).run()
     agenda = Agenda(plan, agenda.resolved)
     print_summary(agenda, show)
-    return _quarantine_report(agenda, show)
+    return quarantine_report(agenda, show)
 
 
 @contextmanager
@@ -92,14 +92,16 @@ def check_fits(agenda: Agenda) -> None:
     """Raises PlanError where the plan would fit in another way than the store's fits were made: none is redone."""
     for name in agenda.plan.teachers:
         known = agenda.known_pilot([name])
-        if known is None or agenda.is_raw:
+        if known is None:
             continue
         asked, made = fit_options(agenda.plan), known.get("options") or DEFAULT_OPTIONS
-        if differing := [key for key in asked if asked[key] != made[key]]:
+        # Features in the teacher's space keep all channels, whatever the rank of the targets beside them.
+        if differing := [k for k in asked if asked[k] != made[k] and not (k == "rank" and agenda.is_raw)]:
             values = ", ".join(f"{key} is {made[key]} there and {asked[key]} here" for key in differing)
             raise PlanError(
                 f"teachers.{name}: the store {agenda.plan.store!r} holds fits made with other options: {values}. Use "
-                "those, or `statsvc refit PLAN`, which fits anew and leaves what is cached alone"
+                f"those, or `statsvc refit PLAN{' --fresh' if 'rank' in differing else ''}`, which fits anew and "
+                "leaves what is cached alone"
             )
 
 
@@ -124,7 +126,7 @@ def stopping_on_signals(show: Display) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _quarantine_report(agenda: Agenda, show: Display) -> int:
+def quarantine_report(agenda: Agenda, show: Display) -> int:
     """List what is quarantined; 1 if anything is, else 0."""
     quarantined = [found for found in agenda.record.all_quarantined() if found[1] in agenda.shards]
     for phase, name, problem in quarantined:

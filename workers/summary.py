@@ -114,24 +114,27 @@ def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Di
         )
     show.line(f"wrote {total / 1e6:.1f} MB to {location}; any Zarr client reads it")
     show.line(f"next: statsvc verify --store {location} checks every byte; statsvc status --store {location} counts")
-    output = next(iter(jobs[0].outputs))
-    show.line(f'      in Python: targets = statsvc.open("{location}").teacher("{jobs[0].name}").targets("{output}")')
+    output, job = next(iter(jobs[0].outputs)), jobs[0]
+    chosen = f', cache_set="{job.cache_set}"' if len(store.teacher(job.name).cache_sets()) > 1 else ""
+    opened = f'statsvc.open("{location}").teacher("{job.name}")'
+    show.line(f'      in Python: targets = {opened}.targets("{output}"{chosen})')
     show.line("                 targets.read(targets.rows()[:1])")
 
 
-def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> None:
-    """What a run would do, by phase."""
+def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> bool:
+    """What a run would do, by phase. Whether all dataset shards can be read."""
     known = agenda.known_numbers()
     new = [name for name in agenda.usable("index") if name not in known]
     unfitted = [name for name in agenda.plan.teachers if not agenda.is_fitted(name)]
     show.line(f"index: {len(new)} new dataset shards of {len(agenda.shards)}")
     show.line(f"measure and fit: {', '.join(unfitted) or 'nothing'}")
-    samples = {}
+    samples, readable = {}, True
     for name in agenda.usable("cache"):
         try:
             samples[name] = agenda.count_samples(name)
         except UnreadableShard as error:
             show.line(f"would be quarantined: {error}")
+            readable = False
     for name in agenda.plan.teachers:
         missing = [shard for shard in agenda.uncached(name) if shard in samples]
         rows = sum(samples[shard] for shard in missing)
@@ -140,3 +143,4 @@ def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> None
             f"cache: {name}: {len(missing)} dataset shards, {rows} rows, {size:.1f} MB as {agenda.plan.targets.dtype}"
         )
     show.line("nothing was written")
+    return readable

@@ -40,8 +40,8 @@ def fit_phi_s(moments: Moments[np.ndarray], *, rank: int | None = None, near: Tr
         _check_near(near, dim, rank)
         rank = near.rank
     k = dim if rank is None else rank
-    if not 1 <= k <= dim:
-        raise CannotFit(f"phi-s takes a rank from 1 to the width of the features, {dim}; got {k}")
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= dim:
+        raise CannotFit(f"phi-s takes a rank from 1 to the width of the features, {dim}; got {k!r}")
     phi = float(np.sqrt(np.trace(covariance_DD) / dim))
     if not phi > 0:
         raise CannotFit(f"phi-s needs features that vary; all {moments.count} feature vectors are equal")
@@ -72,6 +72,8 @@ def fit_phi_s(moments: Moments[np.ndarray], *, rank: int | None = None, near: Tr
 
 def _check_near(near: Transform, dim: int, rank: int | None) -> None:
     """PlanError unless a phi-s of that width and rank can resemble `near`."""
+    if not isinstance(near, Transform):
+        raise PlanError(f"near takes a Transform, such as store.transform(digest); got {near!r}")
     if near.method != "phi-s":
         raise PlanError(f"near takes a phi-s transform; got {near.method}: leave it out")
     if len(near.mean) != dim:

@@ -37,7 +37,7 @@ def spectrum(
             f"at least {dim - moments.count + 1} directions: measure more images, or use phi-s or global"
         )
     raised_D = np.maximum(values_D, eigenvalue_floor * mean)
-    if (raised := int(np.sum(raised_D > values_D))) > dim // 2:
+    if eigenvalue_floor and (raised := int(np.sum(raised_D > values_D))) > dim // 2:
         raise CannotFit(
             f"{method} would raise {raised} of {dim} eigenvalues to {eigenvalue_floor:g} of their mean, and most must "
             "stand by themselves: use phi-s or global, or a smaller whitening.eigenvalue_floor in the plan"
