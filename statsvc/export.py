@@ -20,7 +20,7 @@ import numpy as np
 from statsvc.backends.local import LocalUpload
 from statsvc.errors import AbsentRow, DiskFull, NotFound, PlanError
 from statsvc.formats import ENCODE
-from statsvc.layout import transform_path
+from statsvc.layout import is_raw, transform_path
 from statsvc.store import Store, Teacher, open_store
 from statsvc.targets import Targets
 from statsvc.transform import Transform
@@ -128,13 +128,13 @@ def _chosen_targets(teacher: Teacher, wish: Wish) -> Targets:
     if wish.cache_set not in sets and (wish.cache_set is not None or len(sets) != 1):
         there = ", ".join(sets) or "none yet: the cache phase comes last"
         raise PlanError(f"--set chooses one of the cache sets of {teacher.name}; there are {there}")
-    targets = teacher.targets(wish.output or "patches", wish.cache_set, wish.method or "phi-s")
-    if wish.method is not None and not (targets.is_raw and wish.space == "normalized"):
+    chosen = wish.cache_set or sets[0]
+    if wish.method is not None and not (is_raw(chosen) and wish.space == "normalized"):
         raise PlanError(
             f"--method {wish.method}: it chooses how raw features are normalized, with --space normalized; the cache "
-            f"set {targets.set} in this space needs no choice: leave it out"
+            f"set {chosen} in this space needs no choice: leave it out"
         )
-    return targets
+    return teacher.targets(wish.output or "patches", chosen, wish.method)
 
 
 def _export_targets(targets: Targets, wish: Wish, file: Path, dtype: str) -> str:

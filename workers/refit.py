@@ -25,7 +25,7 @@ def refit(
 ) -> int:
     """Measure a new pilot and fit anew, near the given transforms, else near the current ones, else afresh.
 
-    The teachers are those of the given transforms, or those named, or all of the plan. Returns the exit code 0.
+    The teachers are those of the given transforms, or those named, or all of the plan. Returns the exit code of `run`.
     Raises PlanError before anything is written.
     """
     agenda = Agenda(plan)
