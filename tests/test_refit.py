@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import statsvc
-from statsvc.errors import PlanError
+from statsvc.errors import CannotFit, PlanError
+from statsvc.ledger import seal
 from statsvc.verify import verify_store
 from tests.conftest import Finished, plan_for
 from tests.tiny import photographs, write_tar
@@ -204,6 +205,28 @@ def test_a_refit_takes_the_plans_new_rank(finished: Finished, dinov2: Path) -> N
     assert dino.targets("patches", cache_set=small).read([0]).shape == (1, 16, 8)
     assert dino.targets("patches", cache_set=small).read([0], "teacher").shape == (1, 16, 32)
     assert verify_store(str(other.path))[1] == []
+
+
+def test_a_method_that_was_refused_is_had_by_a_refit_with_more_images(finished: Finished, dinov2: Path) -> None:
+    """17 summaries are too few for 32 channels; 47 are enough."""
+    whitened = Finished(finished.folder, plan_for(finished.folder, dinov2, normalize="zca"))
+    with pytest.raises(CannotFit, match=r"zca was refused for summary: .*or, with more images .*`statsvc refit PLAN`"):
+        whitened.run()
+    for name in "defgh":
+        write_tar(finished.folder / f"{name}.tar", photographs(*(f"{name}{i}" for i in range(6))))
+    assert refitted(whitened) == 0
+    assert whitened.run() == 0
+    assert any(name.startswith("zca-") for name in whitened.store.teacher("dino").cache_sets())
+
+
+def test_a_method_that_is_newer_than_a_fit_is_fitted_by_the_next_run_and_the_others_stay(finished: Finished) -> None:
+    before = finished.contents()
+    path = finished.path / ".statsvc/commits/fit/dino.json"
+    fits = {output: {method: fit for method, fit in methods.items() if method != "global"}
+            for output, methods in finished.store.teacher("dino").fits().items()}  # fmt: skip
+    path.write_bytes(seal(fits))
+    assert finished.run() == 0
+    assert finished.contents() == before
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from statsvc.layout import (
     teacher_status,
 )
 from statsvc.ledger import Commit, Ledger, attributes, unseal
+from statsvc.normalizations import METHODS
 from statsvc.plan import Plan
 from statsvc.store import Store
 from workers.dataset import expand
@@ -145,12 +146,14 @@ class Agenda:
         return found
 
     def is_fitted(self, teacher: str) -> bool:
-        """Whether a teacher has the fit that is due: on its pilot, and near the fits that a refit was asked to be near.
+        """Whether a teacher has the fit that is due: of every method, on its pilot, near what a refit was to be near.
 
         A refit writes its pilot down first, so one that was broken off is taken up again.
         """
         if not (self.has_store and teacher in self.store.teachers()) or self.backend.size(fit_path(teacher)) is None:
             return False
+        if any(METHODS.keys() - methods.keys() for methods in self.store.teacher(teacher).fits().values()):
+            return False  # the store is older than a method
         due = self.known_pilot([teacher])
         if due is None:
             return True
@@ -203,7 +206,13 @@ class Agenda:
         return near
 
     def _is_cacheable(self, teacher: str) -> bool:
-        return self.is_fitted(teacher) or (self.is_raw and self.has_store and teacher in self.store.teachers())
+        """Whether the cache set of a teacher is known: the plan's method was not refused, or features stay raw."""
+        if self.is_raw:
+            return self.has_store and teacher in self.store.teachers()
+        if not self.is_fitted(teacher):
+            return False
+        fits = self.store.teacher(teacher).fits().values()
+        return all(isinstance(methods[self.plan.normalize], str) for methods in fits)
 
     def known_pilot(self, teachers: list[str]) -> dict[str, Any] | None:
         """The pilot that some of these teachers were measured with already: {teachers, shards, options, near}."""
