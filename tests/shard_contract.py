@@ -19,9 +19,9 @@ import google_crc32c
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from statsvc.dataset.shards import Sample, ShardReader, ShardSummary
+from statsvc.dataset.source import Location, open_source
 from statsvc.errors import UnreadableShard
-from workers.shards import Sample, ShardReader, ShardSummary
-from workers.source import Location, open_source
 
 Files = list[tuple[str, bytes]]
 IMAGES = ("jpg", "png")

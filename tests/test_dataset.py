@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statsvc.dataset.expand import DatasetShard, expand
+from statsvc.dataset.folder import FolderShard
 from statsvc.errors import PlanError
 from statsvc.plan import Data
-from workers.dataset import DatasetShard, expand, number, pilot_order
-from workers.folder import FolderShard
+from workers.index import number
+from workers.pilot import pilot_order
 
 
 @pytest.fixture
@@ -303,7 +305,7 @@ def test_the_pilot_takes_shards_in_the_order_of_the_hash_of_seed_and_name(every:
 
 def test_the_order_of_the_pilot_depends_on_the_seed_and_on_nothing_else() -> None:
     assert pilot_order(P, 0) != pilot_order(P, 1)
-    script = f"from workers.dataset import pilot_order; print(pilot_order({P!r}, 0))"
+    script = f"from workers.pilot import pilot_order; print(pilot_order({P!r}, 0))"
     other = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": "5"}, capture_output=True, text=True,
         check=True,

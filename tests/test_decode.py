@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
+from statsvc.dataset.decode import INTERPOLATIONS, Decoded, Resize, Undecodable, decode, decode_views
 from statsvc.errors import PlanError, StatsvcError
 from statsvc.views import center
-from workers.decode import INTERPOLATIONS, Decoded, Resize, Undecodable, decode, decode_views
 
 
 def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:

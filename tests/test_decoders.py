@@ -15,8 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from statsvc.dataset.decode import Decoded, Resize, decode_views
 from statsvc.errors import EngineError, PlanError
-from workers.decode import Decoded, Resize, decode_views
 from workers.decoders import ENVIRONMENT, Decoders
 
 RESIZES = (Resize(8, "bicubic"), Resize(4, "nearest"), Resize(8, "bicubic"))

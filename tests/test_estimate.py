@@ -25,6 +25,7 @@ from statsvc import Moments, fit
 from statsvc.backends.local import LocalBackend
 from statsvc.cli import main
 from statsvc.codec import CODECS
+from statsvc.dataset.expand import DatasetShard
 from statsvc.layout import Output
 from statsvc.plan import Plan
 from tests.conftest import SHARDS, Finished, plan_for
@@ -33,7 +34,6 @@ from tests.tiny import FakeTeacher, photographs, seen_by, write_tar
 from workers import estimate as estimate_module
 from workers import trial as trial_module
 from workers.agenda import Agenda
-from workers.dataset import DatasetShard
 from workers.decoders import Decoders
 from workers.estimate import estimate, plan_work
 from workers.tables import print_estimate

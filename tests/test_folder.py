@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from statsvc.dataset.folder import FolderShard, cut_folder
+from statsvc.dataset.source import Location, open_source, size_of
 from statsvc.errors import PlanError, UnreadableShard
 from tests.shard_contract import IMAGES, Files, SamplesContract, by_webdataset, read, tar_of
-from workers.folder import FolderShard, cut_folder
-from workers.source import Location, open_source, size_of
 
 
 def fill(folder: Path, files: Files) -> Path:

@@ -18,6 +18,7 @@ from PIL import Image
 
 import statsvc
 from statsvc.arrays import read_chunk
+from statsvc.dataset.decode import Resize, decode_views
 from statsvc.errors import AbsentRow, FingerprintMismatch, PlanError
 from statsvc.moments import Moments
 from statsvc.plan import Plan
@@ -27,7 +28,6 @@ from tests.conftest import ABSENT, Finished, in_process, plan_for
 from tests.plans import TINY_SIGLIP
 from tests.tiny import photograph, write_tar
 from workers.agenda import tokens_per_image
-from workers.decode import Resize, decode_views
 from workers.decoders import Decoders
 from workers.sinks.measure import draw
 from workers.teacher import LoadedTeacher

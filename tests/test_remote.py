@@ -12,13 +12,13 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-import workers.remote
+import statsvc.dataset.remote
+from statsvc.dataset.remote import RemoteFile
+from statsvc.dataset.source import Location
 from statsvc.errors import UnreadableShard
 from tests.http_stub import Handler, Misbehaviour, Stub, stub
 from tests.ports import free_port
 from tests.shard_contract import TarContract, read, tar_of
-from workers.remote import RemoteFile
-from workers.source import Location
 
 # 33 images, so that whatever happens to the connection happens between them and inside of them.
 CONTENT = tar_of([(f"{n:02}.jpg", bytes([n]) * 30_000) for n in range(33)])
@@ -28,7 +28,7 @@ CHECKSUM = f"crc32c:{google_crc32c.value(CONTENT):08x}"
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the patience that a real network needs, and past a proxy of whoever runs the tests."""
-    monkeypatch.setattr(workers.remote, "PATIENT", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(statsvc.dataset.remote, "PATIENT", (0.0, 0.0, 0.0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
 
@@ -126,7 +126,7 @@ def test_a_fault_on_the_way_changes_no_sample_and_no_byte(
     server: Stub, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "stall" in fault:
-        monkeypatch.setattr(workers.remote, "READ_SECONDS", 0.5)
+        monkeypatch.setattr(statsvc.dataset.remote, "READ_SECONDS", 0.5)
     server.next.extend(FAULTS[fault])
     samples, summary = read(url(server))
     assert [(s.key, s.image) for s in samples] == [(f"{n:02}", bytes([n]) * 30_000) for n in range(33)]
@@ -169,7 +169,7 @@ def test_a_server_decides_how_soon_it_is_asked_again_within_reason(
     for after in ("7", "86400", "soon"):
         server.next.append(lambda h, after=after: h.problem(503, "", Retry_After=after))  # type: ignore[misc]
     read(url(server))
-    assert slept == [7, workers.remote.RETRY_AFTER_SECONDS, 0]
+    assert slept == [7, statsvc.dataset.remote.RETRY_AFTER_SECONDS, 0]
 
 
 # --- what does not ---
@@ -301,9 +301,9 @@ def secure(server: Stub, certificate: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def fresh_trust() -> Iterator[None]:
-    workers.remote._trust.cache_clear()
+    statsvc.dataset.remote._trust.cache_clear()
     yield
-    workers.remote._trust.cache_clear()
+    statsvc.dataset.remote._trust.cache_clear()
 
 
 def test_https_is_read_where_the_certificate_is_trusted_and_resumed_too(

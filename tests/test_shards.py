@@ -19,7 +19,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-import workers.shards
+import statsvc.dataset.shards
+from statsvc.dataset.keys import META_NAME, split_name
+from statsvc.dataset.shards import Sample, ShardReader, ShardSummary, read_samples
+from statsvc.dataset.source import Location
 from statsvc.errors import UnreadableShard
 from statsvc.layout import key_hash
 from tests import shard_contract
@@ -33,9 +36,6 @@ from tests.shard_contract import (
     reasons,
     tar_of,
 )
-from workers.keys import META_NAME, split_name
-from workers.shards import Sample, ShardReader, ShardSummary, read_samples
-from workers.source import Location
 
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -202,7 +202,7 @@ def test_a_key_that_comes_again_is_a_sample_without_an_image(path: Path) -> None
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_empty_and_oversized_images_are_reported(path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
-    monkeypatch.setattr(workers.shards, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(statsvc.dataset.shards, "MAX_IMAGE_BYTES", 1000)
     content = tar_of([("a.jpg", b""), ("b.jpg", b"1" * 1001), ("c.jpg", b"1" * 1000), ("d.json", b"1" * 2000)])
     samples, summary = read(path, content, keep)
     assert samples[0].problem == "'a.jpg' is empty"

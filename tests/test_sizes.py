@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-import workers.remote
+import statsvc.dataset.remote
 import workers.sizes
+from statsvc.dataset.expand import DatasetShard
+from statsvc.dataset.folder import cut_folder
 from tests.http_stub import Stub, stub
-from workers.dataset import DatasetShard
-from workers.folder import cut_folder
 from workers.sizes import MOST_SAMPLES, told_samples
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.remote, "QUICK", (0.0,))
+    monkeypatch.setattr(statsvc.dataset.remote, "QUICK", (0.0,))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import workers.remote
+import statsvc.dataset.remote
 from statsvc.cli import cli
 from statsvc.errors import ShardChanged, ShardTooLarge
 from tests.conftest import in_process
@@ -29,8 +29,8 @@ def quick(
     monkeypatch: pytest.MonkeyPatch, decoders: Decoders, unsynced: None  # noqa: ARG001
 ) -> None:  # fmt: skip
     in_process(monkeypatch, decoders)
-    monkeypatch.setattr(workers.remote, "PATIENT", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(workers.remote, "QUICK", (0.0,))
+    monkeypatch.setattr(statsvc.dataset.remote, "PATIENT", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(statsvc.dataset.remote, "QUICK", (0.0,))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 

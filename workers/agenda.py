@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from statsvc.backends import backend
+from statsvc.dataset.expand import expand
+from statsvc.dataset.source import size_of
 from statsvc.errors import PlanError
 from statsvc.layout import (
     ArraySpec,
@@ -26,7 +28,6 @@ from statsvc.ledger import Commit, Ledger, attributes, unseal
 from statsvc.normalizations import METHODS
 from statsvc.plan import Plan
 from statsvc.store import Store
-from workers.dataset import expand
 from workers.fingerprint import fingerprint, settle
 from workers.fit import fit_digest
 from workers.index import RESTORE
@@ -34,7 +35,6 @@ from workers.job import TeacherJob, Unit
 from workers.pilot import Pilot
 from workers.record import RunRecord
 from workers.sizes import told_samples
-from workers.source import size_of
 from workers.teachers import resolve
 from workers.teachers.base import Resolved
 
@@ -269,7 +269,7 @@ class Agenda:
             return self.plan.data.rows_per_shard
         if name in self.told_samples:
             return self.told_samples[name]
-        from workers.shards import ShardReader
+        from statsvc.dataset.shards import ShardReader
 
         return sum(1 for _ in ShardReader(self.shards[name].location, self.plan.data.images, keep_images=False))
 

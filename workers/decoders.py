@@ -20,8 +20,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from statsvc.dataset.decode import Decoded, Resize, decode_views
 from statsvc.errors import EngineError, PlanError
-from workers.decode import Decoded, Resize, decode_views
 
 T = TypeVar("T")
 # What libraries read when they load, so it has to be there before a decoder process begins.

@@ -12,21 +12,21 @@ import torch
 
 from statsvc.checksum import CRC_NBYTES
 from statsvc.codec import CODECS
+from statsvc.dataset.shards import ShardReader
+from statsvc.dataset.urls import is_url
 from statsvc.errors import UnreadableShard
 from statsvc.layout import Output, moments_arrays
 from statsvc.plan import Plan
 from workers.agenda import Agenda
-from workers.dataset import pilot_order
 from workers.decoders import Decoders
 from workers.engines.base import decoder_processes, devices
 from workers.fingerprint import cores
 from workers.noise import Noise
+from workers.pilot import pilot_order
 from workers.run import check_fits, check_rank
-from workers.shards import ShardReader
 from workers.sizes import told_samples
 from workers.teacher import LoadedTeacher
 from workers.trial import OutputTrial, Trial, computing, run_trial
-from workers.urls import is_url
 
 Tell = Callable[[str], Any]
 

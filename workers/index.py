@@ -7,10 +7,10 @@ import numpy as np
 
 from statsvc.arrays import write_chunk
 from statsvc.backends import Backend
+from statsvc.dataset.shards import ShardSummary
 from statsvc.errors import ShardChanged, ShardTooLarge
 from statsvc.layout import sample_arrays
 from statsvc.ledger import Commit, Failure, Ledger
-from workers.shards import ShardSummary
 
 RESTORE = "restore the file (of a folder: all its files, and data.images_per_shard), or give the new one another name"
 
@@ -59,3 +59,10 @@ def printable(text: str) -> str:
     """Text that JSON can hold and a terminal does not obey: tar names may be any bytes."""
     whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole)
+
+
+def number(names: list[str], known: dict[str, int]) -> dict[str, int]:
+    """A number for every dataset shard: known ones keep theirs, the others take the free ones in sorted order."""
+    taken = set(known.values())
+    free = (n for n in range(len(names) + len(known)) if n not in taken)
+    return known | {name: next(free) for name in sorted(names) if name not in known}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from statsvc.dataset.folder import FolderShard
 from statsvc.layout import Output
-from workers.folder import FolderShard
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,21 +12,20 @@ from typing import Any
 
 from statsvc.arrays import declare_arrays, declare_group
 from statsvc.codec import codec
+from statsvc.dataset.shards import ShardReader, ShardSummary
 from statsvc.errors import DiskFull, Interrupted, PlanError, UnreadableShard
 from statsvc.layout import FORMAT, Output, commit_folder, pilot_path, sample_arrays
 from statsvc.ledger import attributes, seal, unseal
 from statsvc.plan import Plan, Statistics
 from workers.agenda import Agenda
-from workers.dataset import number, pilot_order
 from workers.engines.base import ATTEMPTS, Engine
 from workers.fingerprint import fingerprint
 from workers.fit import fit_options, fit_teacher, of_method
-from workers.index import index_shard
+from workers.index import index_shard, number
 from workers.job import Unit
 from workers.lease import Lease
-from workers.pilot import Pilot
+from workers.pilot import Pilot, pilot_order
 from workers.progress import Display
-from workers.shards import ShardReader, ShardSummary
 from workers.worker import Ready
 
 AGAIN = "run the same command to go on"

@@ -10,6 +10,7 @@ Suffixes: k = channels of a target, D = channels of a teacher.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,3 +106,8 @@ class Pilot:
         decisive = "patches" if "patches" in outputs else next(iter(outputs))
         found = confidence(self.halves[teacher, decisive], self._method, self._options)
         return found is not None and found.enough
+
+
+def pilot_order(names: list[str], seed: int) -> list[str]:
+    """The order in which shards are measured: random, but the same for everyone."""
+    return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode()).digest())

@@ -7,10 +7,10 @@ from typing import Any
 
 from statsvc.backends import Backend
 from statsvc.canonical import canonical_json
+from statsvc.dataset.expand import DatasetShard
+from statsvc.dataset.urls import shown
 from statsvc.layout import RUN
 from statsvc.plan import Plan
-from workers.dataset import DatasetShard
-from workers.urls import shown
 
 
 class RunRecord:

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from workers.dataset import DatasetShard
-from workers.folder import FolderShard
-from workers.urls import beside, is_url, shown
+from statsvc.dataset.expand import DatasetShard
+from statsvc.dataset.folder import FolderShard
+from statsvc.dataset.urls import beside, is_url, shown
 
 log = logging.getLogger("statsvc")
 
@@ -51,7 +51,9 @@ def _read_sizes(place: str) -> dict[str, int]:
 
 def _read(place: str) -> bytes | None:
     if is_url(place):
-        from workers.remote import read_small  # here, because a run over local files should not wait for its import
+        from statsvc.dataset.remote import (
+            read_small,  # here, because a run over local files should not wait for its import
+        )
 
         return read_small(place, SIZES_NBYTES)
     try:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from statsvc.codec import CODECS
+from statsvc.dataset.decode import Decoded, Resize
 from statsvc.errors import StatsvcError
 from statsvc.moments import Moments, MomentsStream
 from statsvc.normalizations import fit
 from statsvc.plan import Plan
-from workers.decode import Decoded, Resize
 from workers.decoders import Decoders
 from workers.device import finite_images
 from workers.fit import fit_options, of_method

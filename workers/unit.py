@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from statsvc.backends import Backend
+from statsvc.dataset.decode import Decoded, Resize
+from statsvc.dataset.shards import Sample, ShardReader
 from statsvc.layout import OK, UNDECODABLE, key_hash
 from statsvc.ledger import Failure, Ledger
 from statsvc.views import covered_tokens, extent
-from workers.decode import Decoded, Resize
 from workers.decoders import Decoders
 from workers.index import index_shard, printable
 from workers.job import TeacherJob, Unit
-from workers.shards import Sample, ShardReader
 from workers.sinks import SINKS
 from workers.sinks.base import Batch, Features, SampleRows, Sink
 from workers.teacher import LoadedTeacher

@@ -17,17 +17,17 @@ from webdataset import TarWriter
 
 from statsvc.arrays import declare_group
 from statsvc.backends import backend
+from statsvc.dataset.decode import Decoded, Resize
+from statsvc.dataset.shards import read_samples
 from statsvc.layout import FORMAT, transform_path
 from statsvc.moments import Moments
 from statsvc.normalizations import fit
 from statsvc.plan import Teacher
 from tests.benchmarks.rows import Goal, Row, Table
 from tests.benchmarks.timing import alternate
-from workers.decode import Decoded, Resize
 from workers.decoders import Decoders
 from workers.demo import encode, photograph
 from workers.job import TeacherJob, Unit
-from workers.shards import read_samples
 from workers.teacher import LoadedTeacher
 from workers.teachers import resolve
 from workers.unit import run_unit

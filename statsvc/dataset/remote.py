@@ -18,8 +18,8 @@ from typing import TypeVar
 import httpx
 
 from statsvc.backends.body import number
+from statsvc.dataset.urls import SCHEMES, shown
 from statsvc.errors import UnreadableShard
-from workers.urls import SCHEMES, shown
 
 log = logging.getLogger("statsvc")
 for _name in ("httpx", "httpcore"):

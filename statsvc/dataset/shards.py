@@ -14,11 +14,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from statsvc.dataset.keys import split_name
+from statsvc.dataset.source import Location, open_source, show_location
+from statsvc.dataset.tar import Tar
 from statsvc.errors import UnreadableShard
 from statsvc.layout import key_hash
-from workers.keys import split_name
-from workers.source import Location, open_source, show_location
-from workers.tar import Tar
 
 MAX_IMAGE_BYTES = 256 << 20
 

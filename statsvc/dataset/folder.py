@@ -12,8 +12,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from statsvc.dataset.keys import split_name
 from statsvc.errors import PlanError, UnreadableShard
-from workers.keys import split_name
 
 BLOCK = tarfile.BLOCKSIZE
 END_NBYTES = 2 * BLOCK

@@ -1,9 +1,8 @@
-"""Which dataset shards a plan names, and in which order the pilot takes them."""
+"""Which dataset shards a plan names, and where they lie."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import braceexpand
 
+from statsvc.dataset.folder import FolderShard, cut_folder
+from statsvc.dataset.urls import check_url, file_name, is_url, shown
 from statsvc.errors import PlanError
 from statsvc.plan import Data
-from workers.folder import FolderShard, cut_folder
-from workers.urls import check_url, file_name, is_url, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +123,3 @@ def _refuse_strange(pattern: str) -> None:
             f"data.shards: {shown(pattern)!r} is neither a local path nor https://; copy the shards or mount their "
             "storage"
         )
-
-
-def number(names: list[str], known: dict[str, int]) -> dict[str, int]:
-    """A number for every dataset shard: known ones keep theirs, the others take the free ones in sorted order."""
-    taken = set(known.values())
-    free = (n for n in range(len(names) + len(known)) if n not in taken)
-    return known | {name: next(free) for name in sorted(names) if name not in known}
-
-
-def pilot_order(names: list[str], seed: int) -> list[str]:
-    """The order in which shards are measured: random, but the same for everyone."""
-    return sorted(names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode()).digest())

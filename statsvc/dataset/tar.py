@@ -6,8 +6,8 @@ from typing import Any
 
 import google_crc32c
 
+from statsvc.dataset.source import Source
 from statsvc.errors import UnreadableShard
-from workers.source import Source
 
 # Long names and PAX records. tarfile would read whatever length they claim into memory.
 MAX_HEADER_BYTES = 1 << 20

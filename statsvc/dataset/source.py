@@ -10,8 +10,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
-from workers.folder import FileStream, FolderShard
-from workers.urls import is_url, shown
+from statsvc.dataset.folder import FileStream, FolderShard
+from statsvc.dataset.urls import is_url, shown
 
 Location = str | Path | FolderShard
 
@@ -40,7 +40,9 @@ def open_source(location: Location) -> Source:
     if isinstance(location, FolderShard):
         return FileStream(location)
     if isinstance(location, str) and is_url(location):
-        from workers.remote import RemoteFile  # here, because a run over local files should not wait for its import
+        from statsvc.dataset.remote import (
+            RemoteFile,  # here, because a run over local files should not wait for its import
+        )
 
         return RemoteFile(location)
     return LocalFile(location)
