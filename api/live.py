@@ -15,7 +15,7 @@ from typing import Any
 from statsvc.backends import Backend
 from statsvc.errors import DamagedObject, NotAStore, StatsvcError
 from statsvc.layout import commit_path, fit_path
-from statsvc.ledger import Commit, Ledger, attributes
+from statsvc.ledger import Commit, Ledger, ObjectRecord, attributes
 from statsvc.store import Store, Teacher
 
 KEPT_COMMITS = 4096
@@ -67,7 +67,7 @@ class _Unmapped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def view(self, path: str) -> None:
+    def view(self, path: str, record: ObjectRecord | None = None) -> None:
         """Nothing is mapped."""
 
 

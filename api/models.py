@@ -59,7 +59,8 @@ class TeacherCard(Document):
 
 class Teachers(Document):
     teachers: list[TeacherCard]
-    rows_per_shard: int = Field(description="row = dataset shard * rows_per_shard + position * views + view")
+    rows_per_shard: int = Field(description="row = dataset shard * rows_per_shard + position * views_per_image + view")
+    views_per_image: int = Field(description="rows of each sample")
 
 
 class TransformCard(Document):
@@ -71,7 +72,7 @@ class TransformCard(Document):
     digest: str = Field(description="its identity; targets of two digests are never mixed", examples=[DIGEST])
     alpha: float | None = Field(description="the one gain of the isotropic methods", examples=[0.7412])
     count: int = Field(description="feature vectors it was fitted on")
-    images: int = Field(description="images those came from")
+    images: int = Field(description="images those came from; each view of an image counts as one")
     dim: int = Field(description="channels of a feature", examples=[768])
     rank: int = Field(description="channels of a target", examples=[768])
     mean: list[float] = Field(description="[dim], in the teacher's units")
@@ -125,7 +126,7 @@ class Shards(Document):
 
 
 class Row(Document):
-    row: int = Field(description="shard * rows_per_shard + position * views + view", examples=[42])
+    row: int = Field(description="shard * rows_per_shard + position * views_per_image + view", examples=[42])
     dataset_shard: str | None = Field(description="name of the tar", examples=["train-000000.tar"])
     shard: int
     position: int = Field(description="of the sample in the tar")

@@ -1,9 +1,10 @@
 """Arrays of a store, outwards and inwards: metadata described by zarr-python, chunks by our own code."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from statsvc.backends import Backend
 from statsvc.canonical import little_endian
@@ -13,6 +14,8 @@ from statsvc.layout import ArraySpec, group_metadata, groups
 from statsvc.ledger import Commit, ObjectRecord
 from statsvc.remoteshard import RemoteShard
 from statsvc.shardfile import ShardFile
+
+T = TypeVar("T")
 
 
 def publish(backend: Backend, path: str, data: bytes) -> None:
@@ -53,14 +56,18 @@ def read_chunk(backend: Backend, spec: ArraySpec, shard: int, commit: Commit) ->
     if record.bytes != due:
         raise _damaged(record.path, f"{record.bytes} bytes do not hold {spec.rows} rows of {spec.row_nbytes}")
     data_B = np.empty(due, np.uint8)
-    try:
-        with backend.fetch(record, 0, due) as fill:
-            fill(data_B.data)
-    except FileNotFoundError as error:
-        raise _damaged(record.path, "missing") from error
-    content = crc32c_hex(crc32c(data_B[:-CRC_NBYTES]))
-    if content != record.content_crc32c or int(content, 16).to_bytes(4, "little") != data_B[-CRC_NBYTES:].tobytes():
-        raise _damaged(record.path, f"crc32c {content}; {record.content_crc32c} due")
+
+    def fetch() -> None:
+        try:
+            with backend.fetch(record, 0, due) as fill:
+                fill(data_B.data)
+        except FileNotFoundError as error:
+            raise _damaged(record.path, "missing") from error
+        content = crc32c_hex(crc32c(data_B[:-CRC_NBYTES]))
+        if content != record.content_crc32c or int(content, 16).to_bytes(4, "little") != data_B[-CRC_NBYTES:].tobytes():
+            raise _damaged(record.path, f"crc32c {content}; {record.content_crc32c} due")
+
+    _or_again(backend, record, fetch)
     return data_B[:-CRC_NBYTES].view(np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.rows, *spec.shape)
 
 
@@ -70,19 +77,52 @@ def open_feature_shard(backend: Backend, spec: ArraySpec, shard: int, commit: Co
     Its rows are checked as they are read. Raises DamagedObject.
     """
     record = _record(spec, shard, commit)
+
+    def opened() -> ShardFile | RemoteShard:
+        try:
+            buffer = backend.view(record.path, record)
+            if buffer is None:
+                return RemoteShard(backend, record, spec.rows, spec.row_nbytes)
+        except FileNotFoundError as error:
+            raise _damaged(record.path, "missing") from error
+        return _MappedShard(backend, record, buffer, spec)
+
+    return _or_again(backend, record, opened)
+
+
+class _MappedShard(ShardFile):
+    """A mapped shard that is the one committed. Where it is a copy, a row of it may turn out to be damaged."""
+
+    def __init__(self, backend: Backend, record: ObjectRecord, buffer: memoryview, spec: ArraySpec) -> None:
+        if len(buffer) != record.bytes:
+            raise _damaged(record.path, f"{len(buffer)} bytes; {record.bytes} due")
+        super().__init__(buffer, spec.rows, spec.row_nbytes, record.path)
+        content = crc32c_hex(self.content_crc32c)
+        if content != record.content_crc32c:
+            raise _damaged(record.path, f"a shard with other rows: contents {content}; {record.content_crc32c} due")
+        self._backend, self._record, self._spec = backend, record, spec
+
+    def row(self, row: int) -> NDArray[np.uint8]:
+        try:
+            return super().row(row)
+        except DamagedObject:
+            if not self._backend.forget(self._record):
+                raise
+            buffer = self._backend.view(self._record.path, self._record)
+            if buffer is None:
+                raise
+            _MappedShard.__init__(self, self._backend, self._record, buffer, self._spec)
+            return super().row(row)
+
+
+def _or_again(backend: Backend, record: ObjectRecord, read: Callable[[], T]) -> T:
+    """What `read` returns. Damage of a copy is no damage: the object is read once more without it."""
     try:
-        buffer = backend.view(record.path)
-        if buffer is None:
-            return RemoteShard(backend, record, spec.rows, spec.row_nbytes)
-    except FileNotFoundError as error:
-        raise _damaged(record.path, "missing") from error
-    if len(buffer) != record.bytes:
-        raise _damaged(record.path, f"{len(buffer)} bytes; {record.bytes} due")
-    shard_file = ShardFile(buffer, spec.rows, spec.row_nbytes, record.path)
-    content = crc32c_hex(shard_file.content_crc32c)
-    if content != record.content_crc32c:
-        raise _damaged(record.path, f"a shard with other rows: contents {content}; {record.content_crc32c} due")
-    return shard_file
+        return read()
+    except DamagedObject:
+        if not backend.forget(record):
+            raise
+        return read()
 
 
 def _record(spec: ArraySpec, shard: int, commit: Commit) -> Any:

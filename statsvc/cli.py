@@ -37,10 +37,11 @@ def cli(verbose: bool) -> None:
 def run(plan: Path, dry_run: bool, retry: bool, store: str | None) -> int:
     """Index, measure, fit and cache what PLAN asks for; run it again after anything and it goes on."""
     from statsvc.plan import read_plan
+    from statsvc.progress import Display
 
     asked = read_plan(plan, store)
-    driver, progress = _extra("workers.run", "worker"), _extra("workers.progress", "worker")
-    code: int = driver.run(asked, progress.Display(), dry_run=dry_run, retry=retry)
+    driver = _extra("workers.run", "worker")
+    code: int = driver.run(asked, Display(), dry_run=dry_run, retry=retry)
     return code
 
 
@@ -56,10 +57,11 @@ def refit(plan: Path, near: tuple[str, ...], teachers: tuple[str, ...], fresh: b
     What is cached is left alone; the next run caches with the new fits, beside it.
     """
     from statsvc.plan import read_plan
+    from statsvc.progress import Display
 
     asked = read_plan(plan, store)
-    driver, progress = _extra("workers.refit", "worker"), _extra("workers.progress", "worker")
-    code: int = driver.refit(asked, progress.Display(), near=near, teachers=teachers, fresh=fresh)
+    driver = _extra("workers.refit", "worker")
+    code: int = driver.refit(asked, Display(), near=near, teachers=teachers, fresh=fresh)
     return code
 
 
@@ -136,6 +138,24 @@ def estimate(plan: Path, images: int, as_json: bool, store: str | None) -> int:
 
 
 @cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--store", help="The store, whatever the plan names: a path, or the URL of a service.")
+def distill(plan: Path, student: Path, store: str | None) -> int:
+    """Train a reference student by the recipe STUDENT on the targets that PLAN cached, and measure it.
+
+    Run it again after anything and it goes on. On several GPUs: torchrun --nproc_per_node 8 -m statsvc.cli distill ...
+    """
+    from statsvc.plan import read_plan
+    from statsvc.progress import Display
+
+    asked = read_plan(plan, store)
+    trainer, recipes = _extra("statsvc.student.distill", "student"), _extra("statsvc.student.recipe", "student")
+    code: int = trainer.distill(asked, recipes.read_recipe(student), Display())
+    return code
+
+
+@cli.command()
 @store_option
 @click.option("--teacher", required=True, help="Whose transform or targets.")
 @click.option("--output", help="patches or summary. [default: patches]")
@@ -201,3 +221,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         click.echo(f"error: unexpected {type(error).__name__}: {error}; `statsvc -v ...` shows where", err=True)
         return FAILED
     return code if isinstance(code, int) else DONE
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 
-def read_document(path: Path) -> Any:
+def read_document(path: Path, name: str = "plan") -> Any:
     """What the only document of a YAML file holds; every key is text and stands once. Raises PlanError."""
     try:
         return yaml.load(path.read_text("utf-8"), _TextKeys)
     except OSError as error:
-        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+        raise PlanError(f"cannot read the {name} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PlanError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8 text") from error
     except _WrongKey as error:
@@ -35,7 +36,7 @@ def read_document(path: Path) -> Any:
     except ValueError as error:  # a number or date of a form that exists, but not of any value
         raise PlanError(f"{path}: a value is impossible: {error}; put it in quotes if it is text") from error
     except RecursionError as error:
-        raise PlanError(f"{path}: too many brackets inside brackets; a plan needs no more than four") from error
+        raise PlanError(f"{path}: too many brackets inside brackets; a {name} needs no more than four") from error
 
 
 def show(value: Any) -> str:
@@ -68,4 +69,7 @@ def _mapping(loader: _TextKeys, node: yaml.MappingNode) -> dict[str, Any]:
     return mapping
 
 
+# YAML 1.1 wants a dot in 1.0e-3; people, and YAML 1.2, take 1e-3 for a number.
+_SMALL = re.compile(r"[-+]?[0-9]+[eE]-[0-9]+\Z")
+_TextKeys.add_implicit_resolver("tag:yaml.org,2002:float", _SMALL, list("-+0123456789"))
 _TextKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -1,4 +1,7 @@
-"""What a commit must vouch for and count, by the commit itself and its teacher's outputs alone."""
+"""What a commit must vouch for and count, by the commit itself and its teacher's outputs alone.
+
+Suffixes: P = positions of samples, V = views of each.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +69,17 @@ def cache_specs(teacher: Teacher, commit: Commit, output: str) -> dict[str, Arra
     )
 
 
-def miscounts(commit: Commit, arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    """What a commit counts, against what its objects hold. Outputs of one teacher count alike."""
-    if "key_hash" in arrays and int(arrays["key_hash"].any(axis=1).sum()) != commit.samples:
-        yield f"counts {commit.samples} samples, samples/key_hash holds others"
+def miscounts(commit: Commit, arrays: dict[str, np.ndarray], views: int) -> Iterator[str]:
+    """What a commit counts, against what its objects hold. Outputs of one teacher count alike.
+
+    views  of each image
+    """
+    if "key_hash" in arrays:
+        hash_PV16 = arrays["key_hash"].reshape(-1, views, 16)
+        if int(hash_PV16[:, 0].any(axis=1).sum()) != commit.samples or commit.rows != commit.samples * views:
+            yield f"counts {commit.samples} samples and {commit.rows} rows, samples/key_hash holds others"
+        if (hash_PV16 != hash_PV16[:, :1]).any():
+            yield "views of one image have several keys in samples/key_hash"
     if "images" in arrays and int(arrays["images"].sum()) != commit.rows:
         yield f"counts {commit.rows} images, the moments hold {int(arrays['images'].sum())}"
     present = arrays.get("codes", arrays.get("values"))

@@ -25,6 +25,11 @@ def root_fault(store: Store, index: list[Commit]) -> str | None:
     rows = {(record.bytes - CRC_NBYTES) // 16 for commit in index for record in commit.objects}  # of key_hash
     if json.loads(store.backend.read("zarr.json")) != json.loads(group_metadata(about)):
         return NO_GROUP
+    views = about.get("views")
+    if not isinstance(views, dict) or views.get("per_image") != store.views_per_image:
+        return "views: not as they were written"
+    if store.rows_per_shard % store.views_per_image:
+        return f"rows_per_shard is {store.rows_per_shard}, no multiple of the {store.views_per_image} views of an image"
     if rows - {store.rows_per_shard}:
         return f"rows_per_shard is {store.rows_per_shard}, dataset shards were indexed with {sorted(rows)}"
     for name in store.teachers():

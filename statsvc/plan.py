@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from statsvc.codec import CODECS
 from statsvc.document import read_document, show
 from statsvc.errors import PlanError
 from statsvc.normalizations import METHODS
+from statsvc.views import RANDOM
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # What pydantic calls the rules that a plan can break, in the words of a plan.
@@ -43,6 +44,10 @@ RULES = {
 UNION_MEMBERS = ("int", "float", "str", "bool", "constrained-int", "literal['all']", "literal['auto']", "[key]")
 MAPPING = "dict[str,constrained-int]"
 OF_SECTIONS = ("extra_forbidden", "missing", "model_type")
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(ge=0.01, le=100)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+OF_RANDOM_CROPS: dict[str, Any] = {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
@@ -71,6 +76,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Document = TypeVar("Document", bound=Section)
+
+
 class Data(Section):
     """Which images."""
 
@@ -84,7 +92,7 @@ class Data(Section):
         description="extensions of images, from the first dot on, such as jpg or left.png",
     )
     rows_per_shard: PositiveInt | None = Field(
-        None, description="rows kept for each dataset shard; null: as sizes.json beside them says, else scanned"
+        None, description="samples kept for each dataset shard; null: as sizes.json beside them says, else scanned"
     )
     images_per_shard: PositiveInt = Field(1000, description="samples of each dataset shard that a folder is cut into")
 
@@ -105,12 +113,61 @@ class Data(Section):
 class Views(Section):
     """Which part of each image every teacher sees."""
 
-    kind: Literal["center", "whole"] = Field(
+    kind: Literal["center", "whole", "random-resized-crop"] = Field(
         "center",
-        description="center: the largest centred square of the upright image; whole: all of it, padded to a square",
+        description="center: the largest centred square of the upright image; whole: all of it, padded to a square; "
+        "random-resized-crop: a random part of it, stretched to a square",
     )
-    per_image: Literal[1] = 1
-    seed: int = 0
+    per_image: PositiveInt = Field(1, le=256, description="views of each image; each has a row, and is measured")
+    seed: int = Field(0, description="of random crops, and of the order in which dataset shards are measured")
+    scale: tuple[Fraction, Fraction] | None = Field(
+        None, description="least and largest area of a random crop, as a fraction of the image's; null: [0.08, 1]"
+    )
+    ratio: tuple[Ratio, Ratio] | None = Field(
+        None, description="least and largest w / h of a random crop; null: [0.75, 1.3333333333333333]"
+    )
+    flip: Probability | None = Field(None, description="probability that a random crop is mirrored; null: 0.5")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("kind") != RANDOM:
+            return value
+        return value | {key: default for key, default in OF_RANDOM_CROPS.items() if value.get(key) is None}
+
+    @field_validator("scale", "ratio", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not (isinstance(value, list | tuple) and len(value) == 2):
+            raise ValueError(f"{show(value)} is not a list of two numbers, the least and the largest")
+        return tuple(value)
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError(f"{show(list(value))} begins with the larger number; write the least first")
+        return value
+
+    @model_validator(mode="after")
+    def _random(self) -> Self:
+        if self.kind == RANDOM:
+            return self
+        if self.per_image > 1:
+            raise ValueError(
+                f"per_image: {self.per_image} is for kind: {RANDOM}, all {self.kind} views of an image are the same; "
+                "remove it"
+            )
+        for key in OF_RANDOM_CROPS:
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} is for kind: {RANDOM}, not {self.kind}; remove it")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """As stores and fingerprints have them; of other kinds than random crops, what they always had."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class Teacher(Section):
@@ -150,11 +207,11 @@ class Statistics(Section):
     """How many images the normalization is estimated from."""
 
     stop: Literal["converged"] = Field("converged", description="stop when the output variances are known to 1%")
-    max_images: PositiveInt = Field(100_000, description="stop here at the latest")
+    max_images: PositiveInt = Field(100_000, description="stop here at the latest; each view counts as an image")
     images: PositiveInt | Literal["all"] | None = Field(None, description="this many instead, converged or not")
     tokens_per_image: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] | None = Field(
         None,
-        description="patches of each image that are measured, drawn at random by its key; null: all. Or a mapping from "
+        description="patches of each view that are measured, drawn at random by its key; null: all. Or a mapping from "
         "patterns of dataset shards' names, such as coco-*.tar, to such numbers; the first that matches counts",
     )
 
@@ -233,29 +290,35 @@ def read_plan(path: Path, store: str | None = None) -> Plan:
 
     Raises PlanError with one sentence per mistake: key, value, rule, way out.
     """
-    document = read_document(path)
+    return read_section(path, Plan, "plan", {} if store is None else {"store": store})
+
+
+def read_section(path: Path, model: type[Document], name: str, changes: dict[str, Any]) -> Document:
+    """What a YAML file holds as a model, with some keys changed; `name` is what users call such a file.
+
+    Raises PlanError with one sentence per mistake: key, value, rule, way out.
+    """
+    document = read_document(path, name)
     if not isinstance(document, dict):
-        raise PlanError(f"{path}: a plan is a mapping with the keys {', '.join(Plan.model_fields)}")
-    if store is not None:
-        document["store"] = store
+        raise PlanError(f"{path}: a {name} is a mapping with the keys {', '.join(model.model_fields)}")
     try:
-        return Plan.model_validate(document)
+        return model.model_validate(document | changes)
     except ValidationError as error:
-        raise PlanError("\n".join(f"{path}: {sentence}" for sentence in _sentences(error))) from error
+        raise PlanError("\n".join(f"{path}: {sentence}" for sentence in _sentences(error, model, name))) from error
 
 
-def _sentences(error: ValidationError) -> list[str]:
+def _sentences(error: ValidationError, model: type[Section], name: str) -> list[str]:
     """One sentence for each wrong key: the value, the rule, the way out."""
     rules: dict[str, list[str]] = {}
     misspelt: set[str] = set()
     for mistake in error.errors():
-        keys, value = [str(part) for part in mistake["loc"] if part != MAPPING] or ["plan"], mistake["input"]
+        keys, value = [str(part) for part in mistake["loc"] if part != MAPPING] or [name], mistake["input"]
         if keys[-1] in UNION_MEMBERS and mistake["type"] not in OF_SECTIONS:
             keys.pop()
         key = ".".join(keys)
         match mistake["type"]:
             case "extra_forbidden":
-                valid = _valid_keys(keys[:-1])
+                valid = _valid_keys(model, keys[:-1])
                 misspelt.update(difflib.get_close_matches(keys[-1], valid, n=1))
                 rules[f"unknown key {key}"] = [
                     f"{show(value)}; the keys here are {', '.join(valid)}{nearest(keys[-1], valid)}"
@@ -274,10 +337,10 @@ def _sentences(error: ValidationError) -> list[str]:
     ]
 
 
-def _valid_keys(section: list[str]) -> list[str]:
-    """The keys of the section at that place of a plan."""
-    models: dict[str, type[Section]] = {
-        "": Plan, "data": Data, "views": Views, "teachers": Teacher,
-        "statistics": Statistics, "whitening": Whitening, "targets": Targets, "engine": Engine,
-    }  # fmt: skip
-    return list(models[section[0] if section else ""].model_fields)
+def _valid_keys(model: type[Section], place: list[str]) -> list[str]:
+    """The keys of the section at that place of a document."""
+    found: Any = model
+    for key in place:
+        # Below a mapping, keys are the user's own, and all values are of one kind.
+        found = found.model_fields[key].annotation if hasattr(found, "model_fields") else get_args(found)[1]
+    return list(found.model_fields)

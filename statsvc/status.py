@@ -21,6 +21,7 @@ def describe(store: Store) -> dict[str, Any]:
         quarantine = {}
     return {
         "rows_per_shard": store.rows_per_shard,
+        "views_per_image": store.views_per_image,
         "dataset_shards": len(index),
         "samples": sum(commit.samples or 0 for commit in index),
         "problems": _failures(index),
@@ -35,7 +36,8 @@ def describe(store: Store) -> dict[str, Any]:
 
 def print_status(found: dict[str, Any], echo: Callable[[str], Any]) -> None:
     """The same for people."""
-    echo(f"{found['dataset_shards']} dataset shards indexed, {found['samples']} samples")
+    views = f", {found['views_per_image']} views of each" if found["views_per_image"] > 1 else ""
+    echo(f"{found['dataset_shards']} dataset shards indexed, {found['samples']} samples{views}")
     for name, teacher in found["teachers"].items():
         shapes = ", ".join(f"{output} {shape['tokens']}x{shape['dim']}" for output, shape in teacher["outputs"].items())
         echo(f"teacher {name}: {shapes}")

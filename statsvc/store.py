@@ -44,6 +44,10 @@ class Store:
         if about.get("format") != FORMAT:
             raise StoreError(f"this store has format {about.get('format')!r}, this statsvc reads {FORMAT!r}")
         self.rows_per_shard: int = attributes(backend, "", "rows_per_shard")["rows_per_shard"]
+        views = about.get("views")
+        self.views: dict[str, Any] = views if isinstance(views, dict) else {}
+        per_image = self.views.get("per_image")
+        self.views_per_image: int = per_image if type(per_image) is int and per_image > 0 else 1
 
     def teachers(self) -> list[str]:
         """Names of all teachers."""
@@ -72,7 +76,7 @@ class Store:
             raise DamagedObject(f"{report_path(digest)}: missing; `statsvc verify` says what needs it") from error
 
     def key_hashes(self, shard: int) -> np.ndarray:
-        """[rows_per_shard, 16] uint8: blake2b-128 of each sample's key, zero where there is none."""
+        """[rows_per_shard, 16] uint8: of each row the blake2b-128 of its sample's key, zero where there is none."""
         commit = self.ledger.read("index", shard)
         if commit is None:
             raise NotFound(f"dataset shard {shard} is not indexed")

@@ -15,7 +15,7 @@ from statsvc.arrays import open_feature_shard, read_chunk
 from statsvc.codec import codec
 from statsvc.errors import AbsentRow, DamagedObject, NotFound
 from statsvc.layout import cache_arrays, is_raw, sample_arrays, set_dtype
-from statsvc.ledger import attributes
+from statsvc.ledger import ObjectRecord, attributes
 from statsvc.shardfile import Rows, row_numbers
 from statsvc.transform import Transform
 from statsvc.views import Box, covered_tokens, extent
@@ -91,18 +91,21 @@ class Targets:
         for begin, end in _runs(shard_N):
             rows_N = self._present(shard_N, row_N, begin, end)
             if grid is not None and padded:
-                views_N5 = self._views(int(shard_N[begin]))[rows_N]
+                views_N5 = self.views(int(shard_N[begin]))[rows_N]
                 extents_N2 = np.array([extent(Box(*map(int, view[:4])), size) for view in views_N5])
                 covered_NT[begin:end] = covered_tokens(extents_N2, size, grid)
         return covered_NT
 
-    def read_stored(self, rows: Rows) -> dict[str, np.ndarray]:
-        """The arrays of the codec as stored, by name: codes [N, T, ...] and scales float32 [N, T], or values."""
+    def read_stored(self, rows: Rows, into: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of the codec as stored, by name: codes [N, T, ...] and scales float32 [N, T], or values.
+
+        into  arrays of these shapes and dtypes, C-contiguous, to be filled instead of new ones
+        """
         stored = {}
         shard_N, row_N = np.divmod(row_numbers(rows), self._store.rows_per_shard)
         for part in codec(self.dtype).arrays:
             spec = self.specs[part.name]
-            out = np.empty((len(row_N), *spec.shape), part.dtype)
+            out = np.empty((len(row_N), *spec.shape), part.dtype) if into is None else into[part.name]
             out_NX = out.view(np.uint8).reshape(len(row_N), spec.row_nbytes)
             # Runs of rows of one shard are read together.
             for begin, end in _runs(shard_N):
@@ -127,8 +130,23 @@ class Targets:
             )
         return row_N[begin:end]
 
-    def _views(self, shard: int) -> np.ndarray:
-        """[C, 5]: the views of one dataset shard."""
+    def is_cached(self, shard: int) -> bool:
+        """Whether one dataset shard was cached."""
+        return self._store.ledger.read("cache", shard, self.teacher.name, self.set) is not None
+
+    def objects(self, shard: int) -> list[ObjectRecord]:
+        """The objects of one dataset shard that hold its targets; none where it is not cached."""
+        commit = self._store.ledger.read("cache", shard, self.teacher.name, self.set)
+        paths = {self.specs[part.name].object(shard) for part in codec(self.dtype).arrays}
+        return [record for record in (commit.objects if commit else ()) if record.path in paths]
+
+    def present(self, shard: int) -> np.ndarray:
+        """bool [C]: which rows of one dataset shard have a target. Raises AbsentRow where it is not cached."""
+        present_C: np.ndarray = self._shard(shard)["present"]
+        return present_C
+
+    def views(self, shard: int) -> np.ndarray:
+        """float32 [C, 5]: x, y, w, h in pixels of the upright image, and flip, of every row of one dataset shard."""
         opened = self._shard(shard)
         if "views" not in opened:
             commit = self._store.ledger.read("cache", shard, self.teacher.name, self.set)

@@ -155,7 +155,7 @@ class _Check:
                 arrays[spec.path.rpartition("/")[2]] = self._read(spec, commit)
             except DamagedObject as error:
                 self.damaged(spec.object(commit.shard), error, commit.path)
-        for reason in miscounts(commit, arrays):
+        for reason in miscounts(commit, arrays, self.store.views_per_image):
             self.damaged(commit.path, reason, commit.path)
 
     def _read(self, spec: ArraySpec, commit: Commit) -> np.ndarray:

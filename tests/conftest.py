@@ -18,6 +18,7 @@ from hypothesis import settings
 import workers.run
 from api.settings import Settings
 from statsvc.plan import Plan
+from statsvc.progress import Display
 from statsvc.store import Store, open_store
 from tests.plans import TINY_SIGLIP
 from tests.service import Running, serving
@@ -25,7 +26,6 @@ from tests.tiny import InProcess, photographs, seen_by, write_tar
 from workers.decoders import Decoders
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
-from workers.progress import Display
 from workers.teacher import LoadedTeacher
 from workers.teachers import resolve
 

@@ -39,7 +39,19 @@ def teacher_features(teacher: str, count: int, dim: int, seed: int = 0) -> NDArr
 
     Most channels are alike and few reach the extremes of mean and deviation: so few that sigma_g and phi are right.
     """
-    rng, scales = np.random.default_rng(seed), TEACHERS[teacher]
+    rng = np.random.default_rng(seed)
+    mean_D, std_D = channel_scales(teacher, dim)
+    # A spectrum that falls by two decades, spread over the channels by a random mixture.
+    mix_DD = np.geomspace(1, 0.1, dim)[:, None] * rng.standard_normal((dim, dim))
+    mix_DD /= np.linalg.norm(mix_DD, axis=0)
+    x_ND = rng.standard_normal((count, dim)) @ mix_DD * rng.permutation(std_D) + rng.permutation(mean_D)
+    features_ND: NDArray[np.float32] = x_ND.astype(np.float32)
+    return features_ND
+
+
+def channel_scales(teacher: str, dim: int) -> tuple[Floats, Floats]:
+    """[D] means and [D] deviations of channels, both ascending, with that teacher's extremes, sigma_g and phi."""
+    scales = TEACHERS[teacher]
     rank_D = np.linspace(0, 1, dim)
     side_D = 2 * rank_D - 1
     reach_D = np.where(side_D < 0, scales.global_mean - scales.least_mean, scales.largest_mean - scales.global_mean)
@@ -53,12 +65,7 @@ def teacher_features(teacher: str, count: int, dim: int, seed: int = 0) -> NDArr
 
     std_D = stds(_root(lambda power: float(np.mean(stds(power) ** 2) - phi**2)))
     mean_D = means(_root(lambda power: float(means(power).var() - (scales.alpha_global**-2 - phi**2))))
-    # A spectrum that falls by two decades, spread over the channels by a random mixture.
-    mix_DD = np.geomspace(1, 0.1, dim)[:, None] * rng.standard_normal((dim, dim))
-    mix_DD /= np.linalg.norm(mix_DD, axis=0)
-    x_ND = rng.standard_normal((count, dim)) @ mix_DD * rng.permutation(std_D) + rng.permutation(mean_D)
-    features_ND: NDArray[np.float32] = x_ND.astype(np.float32)
-    return features_ND
+    return mean_D, std_D
 
 
 def _root(falling: Callable[[float], float]) -> float:

@@ -21,11 +21,11 @@ from PIL import Image
 
 import workers.run
 from statsvc.plan import Plan, Teacher
+from statsvc.progress import Display
 from statsvc.store import open_store
 from tests.conftest import in_process
 from tests.tiny import photographs, write_tar
 from workers.decoders import Decoders
-from workers.progress import Display
 from workers.teacher import LoadedTeacher
 from workers.teachers import resolve
 

@@ -119,8 +119,8 @@ def test_peers_give_back_what_they_wrote_and_one_that_cannot_is_told_of(
         raise ModuleNotFoundError("No module named 'absent'")
 
     class Forgetful(peers.Safetensors):
-        def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
-            super().write(folder, np.zeros_like(data_RTC))
+        def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:
+            super().write(folder, np.zeros_like(data_RTC), shard_rows)
 
     monkeypatch.setattr(peers, "PEERS", {**installed, "absent": absent, "forgetful": Forgetful})
     data_RTC = np.arange(3 * 4 * 5, dtype=np.float16).reshape(3, 4, 5)

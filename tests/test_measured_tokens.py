@@ -117,9 +117,10 @@ def test_a_token_is_covered_where_every_pixel_of_its_patch_is_image(
 
 
 def test_the_rest_of_the_square_is_zero_and_the_image_is_what_pillow_makes_of_it() -> None:
-    decoded = decode_views(photograph(3, 60, 25), (Resize(32, "bicubic"), Resize(7, "bilinear")), "whole")
+    views = {"kind": "whole", "per_image": 1, "seed": 0}
+    decoded = decode_views(photograph(3, 60, 25), (Resize(32, "bicubic"), Resize(7, "bilinear")), views)
     assert not isinstance(decoded, str)
-    for array_HW3, (height, width) in zip(decoded.arrays_HW3, ((13, 32), (3, 7)), strict=True):
+    for array_HW3, (height, width) in zip(decoded[0].arrays_HW3, ((13, 32), (3, 7)), strict=True):
         assert array_HW3[:height, :width].any(axis=2).all()
         assert not array_HW3[height:].any()
         assert not array_HW3[:, width:].any()
@@ -151,6 +152,15 @@ def test_which_tokens_are_drawn_never_changes() -> None:
     """These were drawn by the first version; another choice would mix statistics of two samples in one store."""
     drawn_T = draw(np.ones(16, bool), 5, np.arange(16, dtype=np.uint8))
     assert np.flatnonzero(drawn_T).tolist() == [2, 4, 7, 12, 14]
+
+
+def test_other_views_of_an_image_draw_other_tokens() -> None:
+    drawn = [draw(np.ones(64, bool), 8, np.arange(16, dtype=np.uint8), number) for number in range(20)]
+    assert np.array_equal(drawn[0], draw(np.ones(64, bool), 8, np.arange(16, dtype=np.uint8)))
+    # Of 64 choose 8 there are 4e9 draws, so no two are alike but by a mistake; the same two in neighbours would be one.
+    assert len({drawn_T.tobytes() for drawn_T in drawn}) == 20
+    # 160 draws of 64 tokens: Poisson-like with mean 2.5 each; one of 64 is left out with probability 0.069.
+    assert np.sum(drawn, axis=0).astype(bool).sum() > 48
 
 
 def test_the_moments_are_those_of_the_drawn_tokens(finished: Finished, dinov2: Path) -> None:

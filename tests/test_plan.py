@@ -133,6 +133,35 @@ def test_every_documented_form_of_a_value_is_understood(line: str, value: Any, t
         assert {key: type(item) for key, item in found.items()} == {key: type(item) for key, item in value.items()}
 
 
+@pytest.mark.parametrize(
+    ("views", "settings"),
+    [
+        ("{}", {"kind": "center", "per_image": 1, "seed": 0}),
+        ("{kind: whole, seed: 3}", {"kind": "whole", "per_image": 1, "seed": 3}),
+        (
+            "{kind: random-resized-crop, per_image: 4, scale: null}",
+            {
+                "kind": "random-resized-crop", "per_image": 4, "seed": 0,
+                "scale": [0.08, 1.0], "ratio": [0.75, 1.3333333333333333], "flip": 0.5,
+            },
+        ),
+        (
+            "{kind: random-resized-crop, seed: 1, scale: [0.5, 1], ratio: [1, 1], flip: 0}",
+            {
+                "kind": "random-resized-crop", "per_image": 1, "seed": 1,
+                "scale": [0.5, 1.0], "ratio": [1.0, 1.0], "flip": 0.0,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_store_holds_what_decides_its_views_and_of_old_kinds_what_it_always_held(
+    views: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = read(f"{LEAST}views: {views}\n", tmp_path)
+    assert plan.views.settings() == settings
+    assert Plan.model_validate(plan.model_dump(mode="json")) == plan
+
+
 @pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
 def test_byte_order_marks_and_windows_lines_are_no_mistakes(change: Any, tmp_path: Path) -> None:
     assert read(change(EXAMPLE), tmp_path) == read(EXAMPLE, tmp_path)
@@ -196,8 +225,50 @@ def with_value(line: str) -> str:
         ("data.images=[]", "data.images: [] is wrong; it must be at least one entry"),
         ("data.rows_per_shard=1e3", "data.rows_per_shard: '1e3' is wrong; it must be a whole number"),
         ("data.rows_per_shard=0", "data.rows_per_shard: 0 is wrong; it must be greater than 0"),
-        ("views.kind=centre", "views.kind: 'centre' is wrong; it must be 'center' or 'whole'"),
-        ("views.per_image=2", "views.per_image: 2 is wrong; it must be 1"),
+        ("views.kind=centre", "views.kind: 'centre' is wrong; it must be 'center', 'whole' or 'random-resized-crop'"),
+        (
+            "views.per_image=2",
+            "views: per_image: 2 is for kind: random-resized-crop, all center views of an image are the same; ...",
+        ),
+        ("views.per_image=0", "views.per_image: 0 is wrong; it must be greater than 0"),
+        ("views.scale=[0.1, 1]", "views: scale is for kind: random-resized-crop, not center; remove it"),
+        ("views.flip=0", "views: flip is for kind: random-resized-crop, not center; remove it"),
+        (
+            "views={kind: whole, ratio: [1, 2]}",
+            "views: ratio is for kind: random-resized-crop, not whole; remove it",
+        ),
+        (
+            "views={kind: random-resized-crop, per_image: 257}",
+            "views.per_image: 257 is wrong; it must be less than or equal to 256",
+        ),
+        (
+            "views={kind: random-resized-crop, scale: 0.5}",
+            "views.scale: 0.5 is not a list of two numbers, the least and the largest",
+        ),
+        (
+            "views={kind: random-resized-crop, scale: [0.5, 0.2]}",
+            "views.scale: [0.5, 0.2] begins with the larger number; write the least first",
+        ),
+        (
+            "views={kind: random-resized-crop, scale: [0, 1]}",
+            "views.scale.0: 0 is wrong; it must be greater than 0",
+        ),
+        (
+            "views={kind: random-resized-crop, scale: [0.5, 2]}",
+            "views.scale.1: 2 is wrong; it must be less than or equal to 1",
+        ),
+        (
+            "views={kind: random-resized-crop, ratio: [0.001, 1]}",
+            "views.ratio.0: 0.001 is wrong; it must be greater than or equal to 0.01",
+        ),
+        (
+            "views={kind: random-resized-crop, flip: true}",
+            "views.flip: True is wrong; it must be a number",
+        ),
+        (
+            "views={kind: random-resized-crop, flip: 50}",
+            "views.flip: 50 is wrong; it must be less than or equal to 1",
+        ),
         ("views.seed=1.5", "views.seed: 1.5 is wrong; it must be a whole number"),
         ("teachers=[dino]", "teachers: ['dino'] is wrong; it must be a mapping"),
         ("teachers={}", "teachers: {} is wrong; it must be at least one entry"),

@@ -64,8 +64,10 @@ def test_every_code_block_runs_as_it_stands(tmp_path: Path, user: dict[str, str]
         for language, block in BLOCKS:
             code = block.replace("localhost:8000", f"localhost:{port}")
             if language == "yaml":
-                (tmp_path / "my-plan.yaml").write_text(code)
-                read_plan(tmp_path / "my-plan.yaml")
+                path = tmp_path / code.split()[1]  # the first line is a comment that names the file
+                path.write_text(code)
+                if path.name == "my-plan.yaml":
+                    read_plan(path)
             elif language == "bash":
                 for line in code.splitlines():
                     if line == "make run":

@@ -12,10 +12,10 @@ import pytest
 import statsvc
 from statsvc.errors import CannotFit, PlanError
 from statsvc.ledger import seal
+from statsvc.progress import Display
 from statsvc.verify import verify_store
 from tests.conftest import Finished, plan_for
 from tests.tiny import photographs, write_tar
-from workers.progress import Display
 from workers.refit import refit
 
 

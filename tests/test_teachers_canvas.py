@@ -16,6 +16,7 @@ from PIL import Image
 
 from statsvc.errors import PlanError
 from statsvc.plan import Plan, Teacher
+from statsvc.progress import Display
 from statsvc.store import open_store
 from statsvc.views import covered_tokens
 from tests.conftest import in_process
@@ -24,7 +25,6 @@ from tests.test_teachers import DINO, GIVEN, SAM, build
 from tests.tiny import photographs, write_tar
 from workers.decoders import Decoders
 from workers.fingerprint import settle
-from workers.progress import Display
 from workers.run import run
 from workers.teachers import resolve
 

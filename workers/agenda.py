@@ -62,9 +62,8 @@ class Agenda:
         self.backend.check()
         self.record = RunRecord(self.backend)
         self._store = Store(self.backend) if self.backend.exists() else None
-        stored: dict[str, Any] = {}
         if self._store:
-            kept = self._store.rows_per_shard
+            kept = self._store.rows_per_shard // self._store.views_per_image
             if plan.data.rows_per_shard not in (None, kept):
                 raise PlanError(
                     f"data.rows_per_shard: {plan.data.rows_per_shard} differs from the {kept} that the store "
@@ -75,14 +74,22 @@ class Agenda:
                     f"data.images: {list(plan.data.images)} differs from the {known} that decided which images are "
                     f"the rows of the store {plan.store!r}; use those, or another store"
                 )
-            stored = {name: attributes(self.backend, f"teachers/{name}")["settings"] for name in self._store.teachers()}
         elif (foreign := [name for name in self.backend.list("") if name != ".statsvc"]) and not self.indexed_rows:
             raise PlanError(
                 f"store: {plan.store!r} holds {foreign[0]!r} and is no store; name a new or an empty folder"
             )
+        # Also where the root was lost: a run restores it, with the views that its rows and teachers have.
+        there = [n for n in self.backend.list("teachers") if self.backend.size(f"teachers/{n}/zarr.json") is not None]
+        stored = {name: attributes(self.backend, f"teachers/{name}")["settings"] for name in there}
         self.settings: dict[str, dict[str, Any]] = {}
         for name, teacher in resolved.items():
             self.settings[name] = settle(name, plan, teacher, stored | self.settings)
+        # Fingerprints told of the teachers that are there; another one must not bring views of its own either.
+        if self._store and self._store.views and (known := self._store.views) != (views := plan.views.settings()):
+            raise PlanError(
+                f"views: {views} differs from the {known} that decided the rows of the store {plan.store!r}; use "
+                "those, or another store"
+            )
         for pattern in asked if isinstance(asked := plan.statistics.tokens_per_image, dict) else ():
             if not any(fnmatchcase(name, pattern) for name in self.shards):
                 raise PlanError(
@@ -93,7 +100,7 @@ class Agenda:
 
     @property
     def indexed_rows(self) -> int | None:
-        """Rows of a dataset shard, as the index has it: also where the root of the store was lost."""
+        """Rows of a dataset shard, views included, as the index has it: also where the root of the store was lost."""
         return next((commit.objects[0].bytes // 16 for commit in self._index()), None)
 
     @property
@@ -273,6 +280,10 @@ class Agenda:
 
         return sum(1 for _ in ShardReader(self.shards[name].location, self.plan.data.images, keep_images=False))
 
+    def count_rows(self, name: str) -> int:
+        """Rows that the samples of a dataset shard have: one for each view."""
+        return self.count_samples(name) * self.plan.views.per_image
+
     @cached_property
     def told_samples(self) -> dict[str, int]:
         """Samples of the dataset shards without an index for which they are known without reading them."""
@@ -307,7 +318,7 @@ class Agenda:
             images=self.plan.data.images,
             rows_per_shard=self.store.rows_per_shard,
             batch_size=next(iter(self.settings.values()))["batch_size"],
-            view=self.plan.views.kind,
+            views=self.plan.views.settings(),
         )
 
 

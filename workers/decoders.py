@@ -10,7 +10,7 @@ and 2.3 of 10.5 ms at size 1024: one more decoder is simpler than shared memory,
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -22,8 +22,10 @@ from typing import Any, Self, TypeVar
 
 from statsvc.dataset.decode import Decoded, Resize, decode_views
 from statsvc.errors import EngineError, PlanError
+from statsvc.views import CENTER
 
 T = TypeVar("T")
+Views = tuple[Decoded, ...] | str  # of one image, or why there are none
 # What libraries read when they load, so it has to be there before a decoder process begins.
 ENVIRONMENT = {
     # A pool of BLAS threads as wide as the machine in every decoder would exhaust it.
@@ -67,19 +69,27 @@ class Decoders:
             decoder.close()
 
     def map(
-        self, jobs: Iterable[tuple[T, bytes]], resizes: tuple[Resize, ...], view: str = "center"
-    ) -> Iterator[tuple[T, Decoded | str]]:
-        """Decode the image of every job; what comes with it comes back beside the result.
+        self,
+        jobs: Iterable[tuple[T, bytes]],
+        resizes: tuple[Resize, ...],
+        views: Mapping[str, Any] = CENTER,
+        key_hash: Callable[[T], bytes] = lambda _: b"",
+    ) -> Iterator[tuple[T, Views]]:
+        """Decode the image of every job; what comes with it comes back beside the result of `decode_views`.
+
+        key_hash  of what comes with an image: what random views are drawn by
 
         Results keep the order of the jobs. `jobs` is pulled only as far ahead as the window reaches, so that memory
         stays bounded. Closing the iterator early cancels what has not begun.
         """
         remaining = iter(jobs)
-        pending: deque[tuple[T, Future[Decoded | str]]] = deque()
+        pending: deque[tuple[T, Future[Views]]] = deque()
+        window = max(self._processes, self.window // views["per_image"])
         try:
             while True:
-                for tag, image in islice(remaining, self.window - len(pending)):
-                    pending.append((tag, self._threads.submit(self._decode, image, resizes, view)))
+                for tag, image in islice(remaining, window - len(pending)):
+                    job = image, resizes, views, key_hash(tag)
+                    pending.append((tag, self._threads.submit(self._decode, *job)))
                 if not pending:
                     return
                 tag, future = pending.popleft()
@@ -88,7 +98,7 @@ class Decoders:
             for _, future in pending:
                 future.cancel()
 
-    def _decode(self, *job: Any) -> Decoded | str:
+    def _decode(self, *job: Any) -> Views:
         decoder = self._idle.get()
         try:
             return decoder.decode(*job)
@@ -106,11 +116,11 @@ class _Decoder:
         self.process.start()
         theirs.close()  # or our pipe would not break when the process dies
 
-    def decode(self, *job: Any) -> Decoded | str:
+    def decode(self, *job: Any) -> Views:
         """What `decode_views` makes of it."""
         try:
             self.connection.send(job)
-            result: Decoded | str = self.connection.recv()
+            result: Views = self.connection.recv()
         except (OSError, EOFError) as error:
             self.process.join(1)
             raise EngineError(
@@ -127,7 +137,7 @@ class _Decoder:
         self.process.close()
 
 
-def _serve(connection: "Connection[object, tuple[bytes, tuple[Resize, ...], str]]") -> None:
+def _serve(connection: "Connection[object, tuple[bytes, tuple[Resize, ...], Mapping[str, Any], bytes]]") -> None:
     """The life of a decoder process. It ends when the other end of the pipe is closed, be it by the parent's death."""
     # Ctrl-C reaches the whole process group; the driver decides when decoders end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from statsvc.codec import CODECS
 from statsvc.dataset.shards import ShardReader
 from statsvc.dataset.urls import is_url
 from statsvc.errors import UnreadableShard
-from statsvc.layout import Output, moments_arrays
+from statsvc.layout import Output, key_hash, moments_arrays
 from statsvc.plan import Plan
 from workers.agenda import Agenda
 from workers.decoders import Decoders
@@ -26,7 +26,7 @@ from workers.pilot import pilot_order
 from workers.run import check_fits, check_rank
 from workers.sizes import told_samples
 from workers.teacher import LoadedTeacher
-from workers.trial import OutputTrial, Trial, computing, run_trial
+from workers.trial import Image, OutputTrial, Trial, computing, run_trial
 
 Tell = Callable[[str], Any]
 
@@ -100,9 +100,9 @@ def plan_work(agenda: Agenda) -> Work:
 
 
 def _limit(plan: Plan) -> float:
-    """Images that are measured at most."""
+    """Images that are measured at most: in the statistics, each view counts as one."""
     wanted = plan.statistics.images or plan.statistics.max_images
-    return math.inf if wanted == "all" else wanted
+    return math.inf if wanted == "all" else wanted / plan.views.per_image
 
 
 def _pilot_length(counts: list[int | None], limit: float) -> int:
@@ -111,14 +111,14 @@ def _pilot_length(counts: list[int | None], limit: float) -> int:
     return next((number for number, total in enumerate(reached, 1) if total >= limit), len(counts))
 
 
-def _trial_images(agenda: Agenda, work: Work, wanted: int) -> list[bytes]:
-    """Encoded images, in the order of the pilot."""
-    found: list[bytes] = []
+def _trial_images(agenda: Agenda, work: Work, wanted: int) -> list[Image]:
+    """Encoded images with the hashes of their keys, in the order of the pilot."""
+    found: list[Image] = []
     for name in pilot_order(list(work.samples), agenda.plan.views.seed):
         try:
             for sample in ShardReader(agenda.shards[name].location, agenda.plan.data.images):
                 if sample.image is not None:
-                    found.append(sample.image)
+                    found.append((key_hash(sample.key), sample.image))
                 if len(found) == wanted:
                     return found
         except UnreadableShard as error:
@@ -133,10 +133,11 @@ def _document(
     agenda: Agenda, work: Work, shapes: dict[str, dict[str, Output]], trial: Trial, machine: list[str], processes: int
 ) -> dict[str, Any]:
     plan, names = agenda.plan, list(work.samples)
-    rows, measured = work.count(names), work.count(work.pilot)
-    seconds = _seconds_per_image(trial, machine, processes)
+    images, measured = work.count(names), work.count(work.pilot)
+    rows = None if images is None else images * plan.views.per_image
+    seconds = _seconds_per_image(trial, machine, processes, plan.views.per_image)
     # With raw features the pilot is measured and cached in one pass.
-    cached = rows - measured if agenda.is_raw and rows is not None and measured is not None else rows
+    cached = images - measured if agenda.is_raw and images is not None and measured is not None else images
     teachers = {
         name: {
             "images_per_second": trial.teachers[name].images_per_second,
@@ -156,8 +157,9 @@ def _document(
         )
     return {
         "dataset_shards": len(names),
-        "images": rows,
-        "rows": rows,  # one view of each image
+        "images": images,
+        "views_per_image": plan.views.per_image,
+        "rows": rows,
         "trial": {"images": trial.images, "undecodable_images": trial.undecodable},
         "device": {"kind": torch.device(machine[0]).type, "count": len(machine)},
         "decoding": {"images_per_second": trial.images_per_second, "processes": processes},
@@ -204,9 +206,11 @@ def _noise(noise: Noise | None) -> dict[str, Any]:
     }
 
 
-def _seconds_per_image(trial: Trial, machine: list[str], processes: int) -> float:
-    """GPUs and decoders work beside each other, and the slower one counts; on a CPU they share the cores."""
-    forward = sum(1 / teacher.images_per_second for teacher in trial.teachers.values())
+def _seconds_per_image(trial: Trial, machine: list[str], processes: int, per_image: int) -> float:
+    """All views of it. GPUs and decoders work beside each other, and the slower one counts; on a CPU they share the
+    cores.
+    """
+    forward = per_image * sum(1 / teacher.images_per_second for teacher in trial.teachers.values())
     decoding = 1 / trial.images_per_second
     if machine != ["cpu"]:
         return max(forward, decoding) / len(machine)
@@ -221,9 +225,10 @@ def _needed_bytes(agenda: Agenda, work: Work, teachers: dict[str, Any]) -> int |
     """Bytes of targets and moments that the store does not hold yet."""
     needed = 0
     for name, teacher in teachers.items():
-        rows = work.count([shard for shard in agenda.uncached(name) if shard in work.samples])
-        if rows is None:
+        images = work.count([shard for shard in agenda.uncached(name) if shard in work.samples])
+        if images is None:
             return None
+        rows = images * agenda.plan.views.per_image
         for output in teacher["outputs"].values():
             needed += rows * output["dtypes"][agenda.plan.targets.dtype]["row_bytes"]
             needed += 0 if agenda.is_fitted(name) else output["moments_bytes"]

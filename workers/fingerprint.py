@@ -34,7 +34,7 @@ def settle(name: str, plan: Plan, resolved: Resolved, stored: dict[str, Fields])
         "taps": resolved.taps,
         **{key: value for key, value in asdict(resolved.preprocessing).items() if value is not None},
         "precision": precision if precision != "auto" else (before or _defaults())["precision"],
-        "views": plan.views.model_dump(),
+        "views": plan.views.settings(),
         "batch_size": shared["batch_size"] if batch_size == "auto" else batch_size,
         "threads": shared["threads"],
     }

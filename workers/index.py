@@ -1,6 +1,6 @@
 """The index of a dataset shard: whose rows are whose, and the bytes that every later phase must find again.
 
-Suffix: C = rows of the dataset shard.
+Suffixes: C = rows of the dataset shard, N = samples.
 """
 
 import numpy as np
@@ -16,12 +16,14 @@ RESTORE = "restore the file (of a folder: all its files, and data.images_per_sha
 
 
 def index_shard(
-    shard: int, name: str, summary: ShardSummary, rows_per_shard: int, backend: Backend, ledger: Ledger
+    shard: int, name: str, summary: ShardSummary, rows_per_shard: int, per_image: int, backend: Backend, ledger: Ledger
 ) -> None:
     """Commit the index of a dataset shard that was read to its end, or check it against the one there is.
 
+    per_image  views of each image, and so rows of each sample
+
     Raises ShardChanged where the dataset shard does not hold what was indexed, ShardTooLarge where it has more
-    samples than rows.
+    samples than there are rows for.
     """
     known = ledger.read("index", shard)
     if known is not None:
@@ -31,14 +33,17 @@ def index_shard(
                 f"then {known.size} bytes with {known.etag}; {RESTORE}"
             )
         return
-    if summary.samples > rows_per_shard:
+    rows = summary.samples * per_image
+    if rows > rows_per_shard:
         raise ShardTooLarge(
-            f"dataset shard {name} holds {summary.samples} samples, this store keeps {rows_per_shard} of each; "
-            f"put it in a store made with data.rows_per_shard: {summary.samples}"
+            f"dataset shard {name} holds {summary.samples} samples, this store keeps "
+            f"{rows_per_shard // per_image} of each; put it in a store made with data.rows_per_shard: "
+            f"{summary.samples}"
         )
     hash_C16 = np.zeros((rows_per_shard, 16), np.uint8)
     if summary.key_hashes:
-        hash_C16[: summary.samples] = np.frombuffer(b"".join(summary.key_hashes), np.uint8).reshape(-1, 16)
+        hash_N16 = np.frombuffer(b"".join(summary.key_hashes), np.uint8).reshape(-1, 16)
+        hash_C16[:rows] = np.repeat(hash_N16, per_image, axis=0)
     record = write_chunk(backend, sample_arrays(rows_per_shard)["key_hash"], shard, hash_C16)
     ledger.write(
         Commit(
@@ -48,7 +53,7 @@ def index_shard(
             samples=summary.samples,
             size=summary.size,
             etag=summary.etag,
-            rows=summary.samples,
+            rows=rows,
             failed=tuple(Failure(printable(p.key), p.position, printable(p.reason)) for p in summary.problems),
             objects=(record,),
         )

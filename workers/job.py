@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from statsvc.dataset.folder import FolderShard
 from statsvc.layout import Output
+from statsvc.views import CENTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,11 @@ class TeacherJob:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The work of one dataset shard in one phase, for the teachers that have not done it."""
+    """The work of one dataset shard in one phase, for the teachers that have not done it.
+
+    rows_per_shard  of the store: samples x views
+    views           the settings of the views: the attribute of the store
+    """
 
     phase: str
     shard: int
@@ -38,7 +45,12 @@ class Unit:
     images: tuple[str, ...]
     rows_per_shard: int
     batch_size: int
-    view: str = "center"
+    views: Mapping[str, Any] = field(default_factory=lambda: CENTER)
+
+    @property
+    def views_per_image(self) -> int:
+        per_image: int = self.views["per_image"]
+        return per_image
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from statsvc.errors import DiskFull, Interrupted, PlanError, UnreadableShard
 from statsvc.layout import FORMAT, Output, commit_folder, pilot_path, sample_arrays
 from statsvc.ledger import attributes, seal, unseal
 from statsvc.plan import Plan, Statistics
+from statsvc.progress import Display
 from workers.agenda import Agenda
 from workers.engines.base import ATTEMPTS, Engine
 from workers.fingerprint import fingerprint
@@ -25,7 +26,6 @@ from workers.index import index_shard, number
 from workers.job import Unit
 from workers.lease import Lease
 from workers.pilot import Pilot, pilot_order
-from workers.progress import Display
 from workers.worker import Ready
 
 AGAIN = "run the same command to go on"
@@ -57,10 +57,11 @@ class Phases:
     def index(self) -> None:
         """Number the dataset shards. Without rows_per_shard, those new ones are read first that are not told of."""
         agenda, summaries, told = self._agenda, dict[str, ShardSummary](), dict[str, int]()
+        per_image = self._plan.views.per_image
         new = [name for name in agenda.usable("index") if name not in agenda.numbers]
-        rows = (
-            agenda.store.rows_per_shard if agenda.has_store else agenda.indexed_rows or self._plan.data.rows_per_shard
-        )
+        rows = agenda.store.rows_per_shard if agenda.has_store else agenda.indexed_rows
+        if rows is None and self._plan.data.rows_per_shard is not None:
+            rows = self._plan.data.rows_per_shard * per_image
         if self._plan.data.rows_per_shard is None and new:
             told = {name: agenda.told_samples[name] for name in new if name in agenda.told_samples}
         if self._plan.data.rows_per_shard is None and len(told) < len(new):
@@ -72,24 +73,25 @@ class Phases:
                     bar.advance(1)
                     self._check()
         if rows is None:
-            rows = max((*told.values(), *(summary.samples for summary in summaries.values())), default=0)
+            rows = max((*told.values(), *(summary.samples for summary in summaries.values())), default=0) * per_image
         if not rows:
             raise UnreadableShard(
                 f"none of the {len(agenda.shards)} dataset shards of the plan holds a sample that could be read; check "
                 "data.shards, and after mending them use `statsvc run --retry`"
             )
         if not agenda.has_store:
-            views = self._plan.views.model_dump()
+            views = self._plan.views.settings()
             about = {"format": FORMAT, "rows_per_shard": rows, "views": views, "images": list(self._plan.data.images)}
             declare_group(self._backend, "", about)
-        for name in [name for name, summary in summaries.items() if summary.samples > rows]:
-            self._quarantine("index", name, f"holds {summaries.pop(name).samples} samples, this store keeps {rows}")
+        kept = rows // per_image
+        for name in [name for name, summary in summaries.items() if summary.samples > kept]:
+            self._quarantine("index", name, f"holds {summaries.pop(name).samples} samples, this store keeps {kept}")
         known = agenda.known_numbers()
         lazy = agenda.usable("index") if self._plan.data.rows_per_shard is not None else told
         agenda.numbers = number([*summaries, *lazy], known)
         declare_arrays(self._backend, sample_arrays(rows).values(), self._shard_count())
         for name, summary in summaries.items():
-            index_shard(agenda.numbers[name], name, summary, rows, self._backend, agenda.store.ledger)
+            index_shard(agenda.numbers[name], name, summary, rows, per_image, self._backend, agenda.store.ledger)
             self._check()
 
     def fit(self) -> None:
@@ -172,13 +174,11 @@ class Phases:
         if agenda.is_raw:
             self._check_space(list(agenda.cache_units()))
         limit = statistics.images or statistics.max_images
-        samples = list(accumulate(agenda.count_samples(name) for name in waiting))
+        rows = list(accumulate(agenda.count_rows(name) for name in waiting))
         # Whole dataset shards are measured, so the last of them goes beyond the limit.
-        total = next(
-            (n for n in samples if limit != "all" and n + pilot.images >= limit), samples[-1] if samples else 0
-        )
+        total = next((n for n in rows if limit != "all" and n + pilot.images >= limit), rows[-1] if rows else 0)
         if waiting:
-            with self._show.phase("measure", total) as bar:
+            with self._show.phase("measure", total, self._counted) as bar:
                 for result in self._engine.run(agenda.measure_units(teachers, order, pilot), bar.advance):
                     self._lease.check()
                     if result.problem is not None and known is not None:
@@ -200,7 +200,7 @@ class Phases:
         units = list(agenda.cache_units())
         declare_arrays(self._backend, agenda.arrays(), self._shard_count())
         self._check_space(units)
-        with self._show.phase("cache", sum(agenda.count_samples(unit.name) for unit in units)) as bar:
+        with self._show.phase("cache", sum(agenda.count_rows(unit.name) for unit in units), self._counted) as bar:
             for result in self._engine.run(iter(units), bar.advance):
                 self._lease.check()
                 if result.problem is not None:
@@ -246,7 +246,7 @@ class Phases:
         """Raises DiskFull before the first target is written."""
         free = self._backend.free_bytes()
         needed = sum(
-            self._agenda.count_samples(unit.name) * row_bytes(job.outputs, self._plan)
+            self._agenda.count_rows(unit.name) * row_bytes(job.outputs, self._plan)
             for unit in units
             for job in unit.teachers
         )
@@ -255,6 +255,11 @@ class Phases:
                 f"the targets still to be cached need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at "
                 f"{self._plan.store!r}; free some, or name a store on a larger disk, then {AGAIN}"
             )
+
+    @property
+    def _counted(self) -> str:
+        """What a bar counts."""
+        return "views" if self._plan.views.per_image > 1 else "images"
 
     def _shard_count(self) -> int:
         """How many dataset shards the arrays have room for."""

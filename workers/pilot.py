@@ -57,7 +57,10 @@ def confidence(halves: Halves, method: str, options: dict[str, Any] | None = Non
 
 
 class Pilot:
-    """Takes measured dataset shards in pilot order and says when there are enough of them."""
+    """Takes measured dataset shards in pilot order and says when there are enough of them.
+
+    images  that were measured of the teacher with the fewest; each view counts as one
+    """
 
     def __init__(
         self,

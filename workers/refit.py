@@ -9,12 +9,12 @@ import numpy as np
 from statsvc.errors import PlanError
 from statsvc.moments import Moments
 from statsvc.plan import Plan
+from statsvc.progress import Display
 from statsvc.store import Store
 from statsvc.transform import Transform
 from workers.agenda import Agenda
 from workers.lease import Lease
 from workers.phases import Phases
-from workers.progress import Display
 from workers.run import quarantine_report, started
 
 Near = dict[str, dict[str, str]]  # by teacher and output: the digest of a phi-s transform

@@ -11,13 +11,13 @@ from typing import Any
 from statsvc.errors import Interrupted, PlanError
 from statsvc.layout import Output
 from statsvc.plan import Plan
+from statsvc.progress import Display
 from workers.agenda import Agenda
 from workers.engines import ENGINES
 from workers.engines.base import Engine, EngineSetup
 from workers.fit import DEFAULT_OPTIONS, fit_options
 from workers.lease import Lease, wait_if_host_is_gone
 from workers.phases import AGAIN, Phases, row_bytes
-from workers.progress import Display
 from workers.summary import print_plan, print_summary
 from workers.worker import Ready
 

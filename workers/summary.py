@@ -11,10 +11,10 @@ import numpy as np
 
 from statsvc.arrays import read_chunk
 from statsvc.errors import UnreadableShard
+from statsvc.progress import Display
 from statsvc.store import Store
 from workers.agenda import Agenda
 from workers.job import TeacherJob
-from workers.progress import Display
 
 
 def print_summary(agenda: Agenda, show: Display) -> None:
@@ -40,7 +40,7 @@ def print_summary(agenda: Agenda, show: Display) -> None:
                 f"{report['feature_variance'] / before:9.2%} {normalized.get(name, '')}"
             )
     show.line("MSE share: a teacher's part of an unweighted MSE loss, for a student that knows nothing yet")
-    _print_trust(reports, show)
+    _print_trust(reports, "views" if plan.views.per_image > 1 else "images", show)
     _print_written(store, jobs, plan.store, show)
 
 
@@ -81,16 +81,16 @@ def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:
     return variance_k
 
 
-def _print_trust(reports: dict[tuple[str, str], dict[str, Any]], show: Display) -> None:
+def _print_trust(reports: dict[tuple[str, str], dict[str, Any]], counted: str, show: Display) -> None:
     for (name, output), report in reports.items():
         rms = report["expected_rms_error"]
         error = (
-            "unknown: too few images"
+            f"unknown: too few {counted}"
             if rms is None
             else f"about {rms:.1%} (worst channel {report['expected_max_error']:.1%})"
         )
         state = "converged" if report["converged"] else "not converged"
-        show.line(f"{name} {output}: {state} on {report['images']} images; error of the target variances {error}")
+        show.line(f"{name} {output}: {state} on {report['images']} {counted}; error of the target variances {error}")
 
 
 def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Display) -> None:
@@ -128,19 +128,19 @@ def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> bool
     unfitted = [name for name in agenda.plan.teachers if not agenda.is_fitted(name)]
     show.line(f"index: {len(new)} new dataset shards of {len(agenda.shards)}")
     show.line(f"measure and fit: {', '.join(unfitted) or 'nothing'}")
-    samples, readable = {}, True
+    rows, readable = {}, True
     for name in agenda.usable("cache"):
         try:
-            samples[name] = agenda.count_samples(name)
+            rows[name] = agenda.count_rows(name)
         except UnreadableShard as error:
             show.line(f"would be quarantined: {error}")
             readable = False
     for name in agenda.plan.teachers:
-        missing = [shard for shard in agenda.uncached(name) if shard in samples]
-        rows = sum(samples[shard] for shard in missing)
-        size = rows * row_bytes[name] / 1e6
+        missing = [rows[shard] for shard in agenda.uncached(name) if shard in rows]
+        size = sum(missing) * row_bytes[name] / 1e6
         show.line(
-            f"cache: {name}: {len(missing)} dataset shards, {rows} rows, {size:.1f} MB as {agenda.plan.targets.dtype}"
+            f"cache: {name}: {len(missing)} dataset shards, {sum(missing)} rows, {size:.1f} MB as "
+            f"{agenda.plan.targets.dtype}"
         )
     show.line("nothing was written")
     return readable

@@ -40,13 +40,15 @@ def print_estimate(told: dict[str, Any], console: Console | None = None) -> None
 
 def _above(told: dict[str, Any]) -> Iterator[str]:
     device, decoding = told["device"], told["decoding"]
-    yield f"{_number(told['images'])} images in {told['dataset_shards']} dataset shards; as many rows of each teacher"
+    views = told["views_per_image"]
+    rows = f"{views} views of each, {_number(told['rows'])} rows" if views > 1 else "as many rows"
+    yield f"{_number(told['images'])} images in {told['dataset_shards']} dataset shards; {rows} of each teacher"
     yield (
         f"trial with {told['trial']['images']} images on {device['count']} x {device['kind']}: decoding "
         f"{decoding['images_per_second']:.1f} images/s in {decoding['processes']} processes"
     )
     for name, teacher in told["teachers"].items():
-        yield f"  {name}: {teacher['images_per_second']:.1f} images/s on one of them"
+        yield f"  {name}: {teacher['images_per_second']:.1f} {'views' if views > 1 else 'images'}/s on one of them"
 
 
 def _rows(told: dict[str, Any]) -> Iterator[tuple[str, ...]]:

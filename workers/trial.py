@@ -1,5 +1,7 @@
 """A few images through decoders and teachers: how fast they are, and how much noise each dtype would add.
 
+All views of each are decoded, as that takes its time; teachers see the first of each.
+
 Suffixes: B = images, T = tokens, N = feature vectors, D = channels of a teacher, k = channels of a target.
 """
 
@@ -20,7 +22,7 @@ from statsvc.errors import StatsvcError
 from statsvc.moments import Moments, MomentsStream
 from statsvc.normalizations import fit
 from statsvc.plan import Plan
-from workers.decoders import Decoders
+from workers.decoders import Decoders, Views
 from workers.device import finite_images
 from workers.fit import fit_options, of_method
 from workers.noise import Comparison, Noise
@@ -28,6 +30,7 @@ from workers.sinks.base import Batch, Features
 from workers.teacher import LoadedTeacher
 from workers.unit import run_teacher
 
+Image = tuple[bytes, bytes]  # its key's hash, and itself
 AT_ONCE = 8  # images that are encoded together: what is decoded takes several times the memory of features
 
 
@@ -42,7 +45,7 @@ class OutputTrial:
 
 @dataclass(frozen=True, slots=True)
 class TeacherTrial:
-    """unusable: images with features that are not finite or of another shape."""
+    """images_per_second: one view of each; unusable: images with features that are not finite or of another shape."""
 
     images_per_second: float
     unusable: int
@@ -51,7 +54,7 @@ class TeacherTrial:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """undecodable: images that were left out of it; images_per_second: of all decoders together."""
+    """undecodable: images that were left out of it; images_per_second: of all decoders together, with all views."""
 
     images: int
     undecodable: int
@@ -60,26 +63,26 @@ class Trial:
 
 
 def run_trial(
-    plan: Plan, teachers: dict[str, LoadedTeacher], encoded: list[bytes], decoders: Decoders, batch_size: int
+    plan: Plan, teachers: dict[str, LoadedTeacher], encoded: list[Image], decoders: Decoders, batch_size: int
 ) -> Trial:
     """Fit to every other image as the plan would, and look at what encoding does to the rest."""
     resizes = tuple(Resize(t.preprocessing.size, t.preprocessing.interpolation) for t in teachers.values())
-    view = plan.views.kind
+    views = plan.views.settings()
 
-    def decode(images: list[bytes]) -> Iterator[tuple[bytes, Decoded | str]]:
-        return decoders.map(((image, image) for image in images), resizes, view)
+    def decode(images: list[Image], per_image: int) -> Iterator[tuple[Image, Views]]:
+        jobs = ((image, image[1]) for image in images)
+        return decoders.map(jobs, resizes, views | {"per_image": per_image}, lambda image: image[0])
 
-    for _ in decode(encoded[: decoders.window]):  # until every process has loaded its libraries
+    for _ in decode(encoded[: decoders.window], 1):  # until every process has loaded its libraries
         pass
     begun = time.perf_counter()
-    good = [image for image, found in decode(encoded) if isinstance(found, Decoded)]
+    good = [image for image, found in decode(encoded, plan.views.per_image) if not isinstance(found, str)]
     rate = len(encoded) / (time.perf_counter() - begun)
 
-    def batches(images: list[bytes]) -> Iterator[Batch]:
+    def batches(images: list[Image]) -> Iterator[Batch]:
         for first in range(0, len(images), batch_size):
-            yield _stack(
-                [found for _, found in decode(images[first : first + batch_size]) if not isinstance(found, str)]
-            )
+            found = [found for _, found in decode(images[first : first + batch_size], 1)]
+            yield _stack([views[0] for views in found if not isinstance(views, str)])
 
     trials = [_TeacherTrial(plan, teacher, place) for place, teacher in enumerate(teachers.values())]
     for take, images in ((_TeacherTrial.measure, good[::2]), (_TeacherTrial.compare, good[1::2])):
@@ -94,11 +97,11 @@ def run_trial(
 def _stack(views: list[Decoded]) -> Batch:
     """A batch without names."""
     return Batch(
-        positions=np.arange(len(views)),
+        rows=np.arange(len(views)),
         keys=("",) * len(views),
         hashes_B16=np.zeros((len(views), 16), np.uint8),
-        boxes=tuple(view.box for view in views),
-        images=tuple(np.stack(arrays) for arrays in zip(*(view.arrays_HW3 for view in views), strict=True)),
+        views=tuple(decoded.view for decoded in views),
+        images=tuple(np.stack(arrays) for arrays in zip(*(decoded.arrays_HW3 for decoded in views), strict=True)),
     )
 
 

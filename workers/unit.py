@@ -1,8 +1,8 @@
 """The spine: one dataset shard through all teachers, in one phase.
 
-    tar -> samples -> decoded once -> every teacher -> its sink -> objects -> commit
+    tar -> samples -> decoded once -> its views -> every teacher -> its sink -> objects -> commit
 
-Suffixes: B = images of a batch, C = rows of the dataset shard, T = tokens, D = channels, S = side in pixels.
+Suffixes: B = views of a batch, C = rows of the dataset shard, T = tokens, D = channels, S = side in pixels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from statsvc.dataset.shards import Sample, ShardReader
 from statsvc.layout import OK, UNDECODABLE, key_hash
 from statsvc.ledger import Failure, Ledger
 from statsvc.views import covered_tokens, extent
-from workers.decoders import Decoders
+from workers.decoders import Decoders, Views
 from workers.index import index_shard, printable
 from workers.job import TeacherJob, Unit
 from workers.sinks import SINKS
@@ -38,6 +38,8 @@ def run_unit(
 ) -> None:
     """Read, decode, run every teacher, publish and commit. Idempotent: doing it again gives the same bytes.
 
+    on_images  is told of so many views at a time that are done with
+
     Raises DatasetShardError where the dataset shard cannot be used. Nothing is visible before the commits, which
     come last and only if the shard still holds the bytes that were indexed.
     """
@@ -53,15 +55,17 @@ def run_unit(
         resizes = tuple(Resize(t.preprocessing.size, t.preprocessing.interpolation) for t in running)
 
         def undecodable(sample: Sample, reason: str) -> None:
-            samples.status_C[sample.position] = UNDECODABLE
+            rows = rows_of(sample, unit)
+            samples.status_C[rows] = UNDECODABLE
             for sink in sinks:
-                sink.account.undecodable(Failure(printable(sample.key), sample.position, printable(reason)))
+                sink.account.undecodable(rows, Failure(printable(sample.key), sample.position, printable(reason)))
 
-        decoded = decoders.map(_images(reader, unit, undecodable), resizes, unit.view)
+        images = _images(reader, unit, undecodable)
+        decoded = decoders.map(images, resizes, unit.views, lambda sample: key_hash(sample.key))
         done = 0
         # The device works on one batch while the host takes in the one before.
         launched: deque[tuple[Sink, Any]] = deque()
-        for batch in _batches(decoded, unit.batch_size, samples, undecodable):
+        for batch in _batches(decoded, unit, samples, undecodable):
             for teacher, its_sinks, images_BSS3 in zip(running, of_teacher, batch.images, strict=True):
                 features = run_teacher(teacher, batch, images_BSS3)
                 for sink in its_sinks:
@@ -69,13 +73,13 @@ def run_unit(
                     launched.append((sink, sink.launch(batch, features)))
             while len(launched) > len(sinks):
                 _collect(launched)
-            on_images(len(batch.positions))
-            done += len(batch.positions)
+            on_images(len(batch.rows))
+            done += len(batch.rows)
         while launched:
             _collect(launched)
-        on_images(reader.summary.samples - done)  # those that could not be used
+        on_images(reader.summary.samples * unit.views_per_image - done)  # those that could not be used
         ledger = Ledger(backend)
-        index_shard(unit.shard, unit.name, reader.summary, unit.rows_per_shard, backend, ledger)
+        index_shard(unit.shard, unit.name, reader.summary, unit.rows_per_shard, unit.views_per_image, backend, ledger)
         for sink in sinks:
             ledger.write(sink.commit())
     finally:
@@ -91,12 +95,12 @@ def phases(unit: Unit, job: TeacherJob) -> tuple[str, ...]:
 def _images(
     reader: ShardReader, unit: Unit, on_unusable: Callable[[Sample, str], None]
 ) -> Iterator[tuple[Sample, bytes]]:
-    """The samples that have an image and a row; where there are too few rows, the index says how many it takes.
+    """The samples that have an image and rows; where there are too few rows, the index says how many it takes.
 
     Images that are empty, cut or too large to be read are told of.
     """
     for sample in reader:
-        if sample.position >= unit.rows_per_shard:
+        if rows_of(sample, unit).stop > unit.rows_per_shard:
             continue
         if sample.image is not None:
             yield sample, sample.image
@@ -104,45 +108,62 @@ def _images(
             on_unusable(sample, sample.problem or "")
 
 
+def rows_of(sample: Sample, unit: Unit) -> slice:
+    """The rows of a sample in its dataset shard, one for each view."""
+    first = sample.position * unit.views_per_image
+    return slice(first, first + unit.views_per_image)
+
+
+class _Row(NamedTuple):
+    """A view on its way into a batch."""
+
+    row: int
+    sample: Sample
+    decoded: Decoded
+
+
 def _batches(
-    decoded: Iterator[tuple[Sample, Decoded | str]],
-    size: int,
+    decoded: Iterator[tuple[Sample, Views]],
+    unit: Unit,
     samples: SampleRows,
     on_undecodable: Callable[[Sample, str], None],
 ) -> Iterator[Batch]:
-    """Decodable images in the order of the tar, `size` at a time; the others are told of."""
-    waiting: list[tuple[Sample, Decoded]] = []
-    for sample, view in decoded:
-        if isinstance(view, str):
-            on_undecodable(sample, view)
+    """Views of decodable images in the order of the rows, `batch_size` at a time; other images are told of."""
+    waiting: list[_Row] = []
+    for sample, views in decoded:
+        if isinstance(views, str):
+            on_undecodable(sample, views)
             continue
-        samples.status_C[sample.position] = OK
-        samples.views_C5[sample.position] = (*view.box, 0)
-        waiting.append((sample, view))
-        if len(waiting) == size:
-            yield _stack(waiting)
-            waiting = []
+        rows = rows_of(sample, unit)
+        samples.status_C[rows] = OK
+        samples.views_C5[rows] = [found.view.as_row() for found in views]
+        for row, found in enumerate(views, rows.start):
+            waiting.append(_Row(row, sample, found))
+            if len(waiting) == unit.batch_size:
+                yield _stack(waiting, unit.views_per_image)
+                waiting = []
     if waiting:
-        yield _stack(waiting)
+        yield _stack(waiting, unit.views_per_image)
 
 
-def _stack(views: list[tuple[Sample, Decoded]]) -> Batch:
-    per_teacher = zip(*(view.arrays_HW3 for _, view in views), strict=True)
+def _stack(rows: list[_Row], per_image: int) -> Batch:
+    per_teacher = zip(*(row.decoded.arrays_HW3 for row in rows), strict=True)
     return Batch(
-        positions=np.array([sample.position for sample, _ in views]),
-        keys=tuple(printable(sample.key) for sample, _ in views),
-        hashes_B16=np.frombuffer(b"".join(key_hash(sample.key) for sample, _ in views), np.uint8).reshape(-1, 16),
-        boxes=tuple(view.box for _, view in views),
+        rows=np.array([row.row for row in rows]),
+        keys=tuple(printable(row.sample.key) for row in rows),
+        hashes_B16=np.frombuffer(b"".join(key_hash(row.sample.key) for row in rows), np.uint8).reshape(-1, 16),
+        views=tuple(row.decoded.view for row in rows),
         images=tuple(np.stack(arrays) for arrays in per_teacher),
+        per_image=per_image,
     )
 
 
 def run_teacher(teacher: LoadedTeacher, batch: Batch, images_BSS3: np.ndarray) -> Features:
-    """A teacher's features of a batch. Padding is where views are no squares."""
-    if all(box.w == box.h for box in batch.boxes):
+    """A teacher's features of a batch. Padding is where views do not fill their square."""
+    if all(view.fills_square for view in batch.views):
         return forward(teacher, images_BSS3)
     size, patches = images_BSS3.shape[1], teacher.outputs.get("patches")
-    extents_B2 = np.array([extent(box, size) for box in batch.boxes])
+    extents_B2 = np.array([extent(view.box, size) for view in batch.views])
     features = forward(teacher, images_BSS3, extents_B2)
     if patches is None:
         return features

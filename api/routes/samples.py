@@ -25,7 +25,7 @@ Key = Annotated[str, Path(description="the sample's WebDataset key, percent-enco
 def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     """Where a sample lies: dataset shard, position, rows and their statuses.
 
-    Looks through the key hashes of all dataset shards: 16 bytes a sample.
+    Looks through the key hashes of all dataset shards: 16 bytes a row.
     """
     store = service.live.current()
     raw_key = unquote_to_bytes(request.scope["raw_path"]).partition(b"/samples/")[2]  # keys need not be UTF-8

@@ -17,7 +17,7 @@ def list_teachers(service: ServiceDep) -> Teachers:
     """Every teacher of the store."""
     store = service.live.current()
     cards = [card(service, service.live.teacher(name)) for name in store.teachers()]
-    return Teachers(teachers=cards, rows_per_shard=store.rows_per_shard)
+    return Teachers(teachers=cards, rows_per_shard=store.rows_per_shard, views_per_image=store.views_per_image)
 
 
 @router.get("/teachers/{name}", responses=problems(404))

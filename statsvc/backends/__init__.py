@@ -37,8 +37,14 @@ class Backend(Protocol):
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
 
-    def view(self, path: str) -> memoryview | None:
-        """The whole object without a copy; None: this storage cannot, use `fetch`. Raises FileNotFoundError."""
+    def view(self, path: str, record: ObjectRecord | None = None) -> memoryview | None:
+        """The whole object without a copy; None: this storage cannot, use `fetch`. Raises FileNotFoundError.
+
+        record  of an object that is committed: only such are kept in a cache
+        """
+
+    def forget(self, record: ObjectRecord) -> bool:
+        """Forget a copy of an object that turned out to be damaged; whether to read it again may bring other bytes."""
 
     def fetch(self, record: ObjectRecord, begin: int, end: int) -> AbstractContextManager[Fill]:
         """Bytes `begin` to `end` of a committed object, as a function that fills one buffer after the other with them.

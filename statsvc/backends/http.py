@@ -35,8 +35,13 @@ class HttpBackend:
             raise FileNotFoundError("the root of a store is no object")
         return self._whole(path, PATIENT)
 
-    def view(self, path: str) -> None:
+    def view(self, path: str, record: ObjectRecord | None = None) -> None:
+        del record
         check_path(path)
+
+    def forget(self, record: ObjectRecord) -> bool:
+        del record
+        return False
 
     @contextmanager
     def fetch(self, record: ObjectRecord, begin: int, end: int) -> Iterator[Fill]:

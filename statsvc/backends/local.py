@@ -40,11 +40,16 @@ class LocalBackend:
         with self._open(path) as file:
             return file.read()
 
-    def view(self, path: str) -> memoryview:
+    def view(self, path: str, record: ObjectRecord | None = None) -> memoryview:
+        del record
         with self._open(path) as file:
             if not os.fstat(file.fileno()).st_size:
                 return memoryview(b"")  # an empty file cannot be mapped
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def forget(self, record: ObjectRecord) -> bool:
+        del record
+        return False
 
     @contextmanager
     def fetch(self, record: ObjectRecord, begin: int, end: int) -> Iterator[Fill]:

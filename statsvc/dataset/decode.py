@@ -1,4 +1,4 @@
-"""Encoded bytes -> upright RGB -> one square array per teacher. Runs in small processes: no torch, no webdataset.
+"""Encoded bytes -> upright RGB -> one square array per view and teacher. Needs neither torch nor webdataset.
 
 Axes: H = rows, W = columns, 3 = red, green, blue.
 """
@@ -6,14 +6,16 @@ Axes: H = rows, W = columns, 3 = red, green, blue.
 import io
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from statsvc.errors import PlanError, StatsvcError
-from statsvc.views import KINDS, Box, extent
+from statsvc.views import CENTER, MOST_PIXELS, View, extent, view_of
 
 # By content, whatever the extension. Pillow knows other formats, some of which start external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -62,31 +64,46 @@ class Resize:
 class Decoded:
     """One view of an image, for every teacher.
 
-    box          the view in the upright image
-    arrays_HW3   uint8 [size, size, 3] per resize, in the order of the resizes; equal resizes share one array. A view
-                 that is no square fills the top left corner, the rest is zero
+    arrays_HW3   uint8 [size, size, 3] per resize, in the order of the resizes; equal resizes share one array
     """
 
-    box: Box
+    view: View
     arrays_HW3: tuple[NDArray[np.uint8], ...]
 
 
-def decode_views(image: bytes, resizes: tuple[Resize, ...], kind: str = "center") -> Decoded | str:
-    """The view of an image, resized for every teacher; the reason as text if it cannot be decoded."""
+def decode_views(
+    image: bytes, resizes: tuple[Resize, ...], views: Mapping[str, Any] = CENTER, key_hash: bytes = b""
+) -> tuple[Decoded, ...] | str:
+    """All views of an image, resized for every teacher; the reason as text if it cannot be decoded.
+
+    views, key_hash  see `view_of`
+    """
     try:
         upright = decode(image)
     except Undecodable as error:
         return str(error)
-    box = KINDS[kind](upright.width, upright.height)
+    if max(upright.size) > MOST_PIXELS:
+        return f"{upright.width} x {upright.height} pixels: views of sides above {MOST_PIXELS} cannot be recorded"
+    decoded = []
+    for number in range(views["per_image"]):
+        view = view_of(views, key_hash, number, *upright.size)
+        arrays_HW3 = {resize: render(upright, view, resize) for resize in dict.fromkeys(resizes)}
+        decoded.append(Decoded(view, tuple(arrays_HW3[resize] for resize in resizes)))
+    return tuple(decoded)
+
+
+def render(upright: Image.Image, view: View, resize: Resize) -> NDArray[np.uint8]:
+    """uint8 [size, size, 3]: a view of an upright RGB image as a teacher of that size sees it; read only.
+
+    A padded view that is no square fills the top left corner, the rest is zero.
+    """
+    box = view.box
     # Cropped first: with its `box` argument, Pillow's filter would reach for pixels outside of the view.
-    view = upright.crop((box.x, box.y, box.x + box.w, box.y + box.h))
-    arrays_HW3 = {resize: _resized(view, box, resize) for resize in dict.fromkeys(resizes)}
-    return Decoded(box, tuple(arrays_HW3[resize] for resize in resizes))
-
-
-def _resized(view: Image.Image, box: Box, resize: Resize) -> NDArray[np.uint8]:
-    height, width = extent(box, resize.size)
-    pixels_HW3 = np.asarray(view.resize((width, height), INTERPOLATIONS[resize.interpolation]))
+    part = upright.crop((box.x, box.y, box.x + box.w, box.y + box.h))
+    if view.flip:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    height, width = extent(box, resize.size) if view.padded else (resize.size, resize.size)
+    pixels_HW3 = np.asarray(part.resize((width, height), INTERPOLATIONS[resize.interpolation]))
     if height == width:
         return pixels_HW3
     square_HW3 = np.zeros((resize.size, resize.size, 3), np.uint8)

@@ -107,6 +107,27 @@ def _stays_inside(link: os.DirEntry[str], root: str) -> bool:
     return link.is_file() and os.path.realpath(link.path).startswith(f"{root.rstrip('/')}/")
 
 
+def read_file_at(shard: FolderShard, begin: int, nbytes: int) -> bytes:
+    """A whole file, by where its content lies in the tar that the files would make. Raises OSError, UnreadableShard."""
+    position = 0
+    for name, size in shard.files:
+        position += _header_nbytes(name)
+        if (position, size) == (begin, nbytes):
+            content = Path(shard.folder, name).read_bytes()
+            if len(content) != size:
+                raise _changed(name, size, len(content))
+            return content
+        position += size + -size % BLOCK
+    raise UnreadableShard(f"{shard}: no file begins at byte {begin}; leave the folder alone while it is read")
+
+
+def _changed(name: str, size: int, found: int) -> UnreadableShard:
+    return UnreadableShard(
+        f"{name!r} changed while it was read: {found} bytes, then {size} when the folder was listed; leave the folder "
+        "alone while it is read, and run again"
+    )
+
+
 class FileStream:
     """The bytes of the tar that the files of a dataset shard would make."""
 
@@ -134,10 +155,7 @@ def _blocks(shard: FolderShard) -> Generator[bytes, None, None]:
                 left -= len(content)
                 yield content
         if left or found.st_size != size:
-            raise UnreadableShard(
-                f"{name!r} changed while it was read: {found.st_size} bytes, then {size} when the folder was listed; "
-                "leave the folder alone while it is read, and run again"
-            )
+            raise _changed(name, size, found.st_size)
         if size % BLOCK:
             yield bytes(-size % BLOCK)
     yield bytes(END_NBYTES)

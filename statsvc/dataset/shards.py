@@ -37,6 +37,7 @@ class Sample:
 
     position   its place among all samples of the tar, those without an image included
     image      the encoded bytes; None if there is no usable image or the reader does not keep images
+    span       where they lie in the tar, first byte and number; None if there is no usable image
     extension  of the image, in lower case; "" without an image member
     problem    why there is no usable image, or None
     unusable   whether there is an image that cannot be used, rather than none
@@ -48,6 +49,7 @@ class Sample:
     extension: str
     problem: str | None
     unusable: bool = False
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,9 @@ class ShardReader:
                 first = first_positions.setdefault(key_hashes[-1], group.position)
                 if first != group.position:
                     group.problem = f"key {key!r} already stood at position {first}; the first image is kept"
-            if group.takes_image(member, extension.lower(), tar, self.images) and self.keep_images:
-                group.image = tar.content(member)
+            if group.takes_image(member, extension.lower(), tar, self.images):
+                group.span = (member.offset_data, member.size)
+                group.image = tar.content(member) if self.keep_images else None
         if group is not None:
             yield group.finish(self.images, problems)
 
@@ -131,6 +134,7 @@ class _Group:
     key: str
     position: int
     image: bytes | None = None
+    span: tuple[int, int] | None = None
     extension: str = ""
     problem: str | None = None  # why there is no image
     unusable: bool = False
@@ -161,7 +165,7 @@ class _Group:
             if dotted := next((e for e in self.extensions if e.endswith(tuple(f".{i}" for i in images))), None):
                 self.problem += f". An extension begins at the first dot: name the file without others, or add {dotted}"
         problems += [Problem(self.key, self.position, reason) for reason in (self.problem, *self.remarks) if reason]
-        return Sample(self.position, self.key, self.image, self.extension, self.problem, self.unusable)
+        return Sample(self.position, self.key, self.image, self.extension, self.problem, self.unusable, self.span)
 
 
 def _unusable(member: tarfile.TarInfo) -> str | None:

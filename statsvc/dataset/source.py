@@ -13,7 +13,7 @@ from typing import Protocol
 from statsvc.dataset.folder import FileStream, FolderShard
 from statsvc.dataset.urls import is_url, shown
 
-Location = str | Path | FolderShard
+Location = str | Path | FolderShard | memoryview  # the latter of a tar that is in memory already
 
 
 class Source(Protocol):
@@ -35,10 +35,26 @@ class LocalFile(FileIO):
         self.size = os.fstat(self.fileno()).st_size
 
 
+class InMemory:
+    """A tar in a buffer."""
+
+    def __init__(self, tar: memoryview) -> None:
+        self.size, self._left = len(tar), tar
+
+    def read(self, size: int, /) -> bytes:
+        block, self._left = bytes(self._left[:size]), self._left[size:]
+        return block
+
+    def close(self) -> None:
+        pass
+
+
 def open_source(location: Location) -> Source:
     """Raises OSError or UnreadableShard."""
     if isinstance(location, FolderShard):
         return FileStream(location)
+    if isinstance(location, memoryview):
+        return InMemory(location)
     if isinstance(location, str) and is_url(location):
         from statsvc.dataset.remote import (
             RemoteFile,  # here, because a run over local files should not wait for its import
@@ -50,7 +66,7 @@ def open_source(location: Location) -> Source:
 
 def size_of(location: Location) -> int | None:
     """Bytes of a dataset shard, where that can be told without asking a server."""
-    if isinstance(location, FolderShard):
+    if isinstance(location, FolderShard | memoryview):
         return location.nbytes
     if isinstance(location, str) and is_url(location):
         return None

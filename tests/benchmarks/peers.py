@@ -24,8 +24,8 @@ ReadRow = Callable[[int], NDArray[Any]]
 class Peer(Protocol):
     package: str
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
-        """All rows into a folder that does not exist yet."""
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:
+        """All rows into a folder that does not exist yet, in files of so many rows where that can be; None: in one."""
 
     def rows(self, folder: Path) -> ReadRow | None:
         """Opens; then one row at a time, in any order. None where the format has no such way."""
@@ -37,7 +37,7 @@ class Peer(Protocol):
 class Zarr:
     package = "zarr"
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:  # noqa: ARG002
         create_zarr(folder, data_RTC)[:] = data_RTC
 
     def rows(self, folder: Path) -> ReadRow:
@@ -55,7 +55,7 @@ class Zarr:
 class TensorStore:
     package = "tensorstore"
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:  # noqa: ARG002
         create_zarr(folder, data_RTC)  # the metadata; the chunks are its own
         self._open(folder).write(data_RTC).result()
 
@@ -103,10 +103,10 @@ class Mosaic(_RowByRow):
         stand_in("torchvision.transforms.functional", to_tensor=None)
         self._library = importlib.import_module("streaming")
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:
         row_RTC = data_RTC[0]
         column = f"ndarray:{row_RTC.dtype}:{','.join(map(str, row_RTC.shape))}"
-        whole = data_RTC.nbytes + (1 << 20)  # one shard, as ours
+        whole = row_RTC.nbytes * (shard_rows or len(data_RTC)) + (1 << 20)
         with self._library.MDSWriter(out=str(folder), columns={"x": column}, size_limit=whole) as writer:
             for row_TC in data_RTC:
                 writer.write({"x": row_TC})
@@ -124,8 +124,10 @@ class LitData(_RowByRow):
         # Every opening asks the package index for a newer version of it.
         vars(importlib.import_module("litdata.streaming.dataset"))["_check_version_and_prompt_upgrade"] = str
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
-        cache = importlib.import_module("litdata.streaming.cache").Cache(str(folder), chunk_size=len(data_RTC))
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:
+        cache = importlib.import_module("litdata.streaming.cache").Cache(
+            str(folder), chunk_size=shard_rows or len(data_RTC)
+        )
         for row, row_TC in enumerate(data_RTC):
             cache._add_item(row, {"x": row_TC})  # as its own `optimize` does, without the processes
         cache.done()
@@ -140,7 +142,7 @@ class LitData(_RowByRow):
 class Safetensors(_RowByRow):
     package = "safetensors"
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:  # noqa: ARG002
         folder.mkdir()
         tensors = {str(row): row_TC for row, row_TC in enumerate(data_RTC)}
         importlib.import_module("safetensors.numpy").save_file(tensors, folder / "shard.safetensors")
@@ -153,11 +155,13 @@ class Safetensors(_RowByRow):
 class WebDataset(_RowByRow):
     package = "webdataset"
 
-    def write(self, folder: Path, data_RTC: NDArray[Any]) -> None:
+    def write(self, folder: Path, data_RTC: NDArray[Any], shard_rows: int | None = None) -> None:
         folder.mkdir()
-        with importlib.import_module("webdataset").TarWriter(str(folder / "shard.tar")) as writer:
-            for row, row_TC in enumerate(data_RTC):
-                writer.write({"__key__": f"{row:06d}", "npy": row_TC})
+        library, step = importlib.import_module("webdataset"), shard_rows or len(data_RTC)
+        for begin in range(0, len(data_RTC), step):
+            with library.TarWriter(str(folder / f"{begin // step:06d}.tar")) as writer:
+                for row, row_TC in enumerate(data_RTC[begin : begin + step], begin):
+                    writer.write({"__key__": f"{row:06d}", "npy": row_TC})
 
     def rows(self, folder: Path) -> None:  # noqa: ARG002 - a tar is read from its beginning
         return None
@@ -166,7 +170,7 @@ class WebDataset(_RowByRow):
         library = importlib.import_module("webdataset")
 
         def read() -> None:
-            rows = library.WebDataset(str(folder / "shard.tar"), shardshuffle=False).decode()
+            rows = library.WebDataset(str(folder / "000000.tar"), shardshuffle=False).decode()
             for i, sample in enumerate(rows):
                 out_RTC[i] = sample["npy"]
 

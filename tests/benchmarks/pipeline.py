@@ -17,7 +17,7 @@ from webdataset import TarWriter
 
 from statsvc.arrays import declare_group
 from statsvc.backends import backend
-from statsvc.dataset.decode import Decoded, Resize
+from statsvc.dataset.decode import Resize
 from statsvc.dataset.shards import read_samples
 from statsvc.layout import FORMAT, transform_path
 from statsvc.moments import Moments
@@ -89,7 +89,7 @@ def images_per_second(work: Workload) -> dict[str, float]:
         declare_group(store, "", {"format": FORMAT, "rows_per_shard": work.images})
         resize = Resize(work.size, teacher.preprocessing.interpolation)
         jobs = ((None, sample.image) for sample in read_samples(tar, ("jpg",)) if sample.image)
-        decoded = [view.arrays_HW3[0] for _, view in decoders.map(jobs, (resize,)) if isinstance(view, Decoded)]
+        decoded = [views[0].arrays_HW3[0] for _, views in decoders.map(jobs, (resize,)) if not isinstance(views, str)]
         batches = [np.stack(decoded[start : start + work.batch]) for start in range(0, work.images, work.batch)]
         transforms = {}
         for output, x_BTD in teacher(batches[0]).items():

@@ -24,18 +24,13 @@ import numpy as np
 import psutil
 
 import statsvc
-from statsvc.arrays import declare_arrays, declare_group, write_chunk
-from statsvc.backends import backend
-from statsvc.checksum import crc32c_hex
-from statsvc.layout import FORMAT, OK, cache_arrays, sample_arrays, set_name, teacher_status
-from statsvc.ledger import Commit, Ledger, ObjectRecord
-from statsvc.shardfile import ShardWriter
 from tests.benchmarks.rows import Goal, Row, Table
 from tests.benchmarks.timing import alternate
 from tests.ports import free_port, wait_until_listening
+from tests.stores import MadeTeacher, write_store
 
 SHARDS, ROWS, TOKENS, DIM = 4, 256, 256, 1024  # 67 MB a feature shard
-SET = set_name("phi-s", "0" * 64, "int8")
+TEACHER = MadeTeacher(TOKENS, DIM)
 SECONDS, ROUNDS = 3, 3
 SLOW_READERS, SLOW_SECONDS = 256, 60
 
@@ -63,45 +58,6 @@ request = function()
   return wrk.format("GET", nil, {["Range"] = "bytes=" .. begin .. "-" .. (begin + 524287)})
 end
 """
-
-
-def write_store(folder: Path) -> str:
-    """A store of one teacher with large feature shards; returns the path of one of them."""
-    storage, rng = backend(str(folder)), np.random.default_rng(0)
-    ledger, samples = Ledger(storage), sample_arrays(ROWS)
-    views = {"kind": "center", "per_image": 1, "seed": 0}
-    declare_group(storage, "", {"format": FORMAT, "rows_per_shard": ROWS, "views": views, "images": ["jpg"]})
-    declare_group(storage, "teachers", {})
-    outputs = {"patches": {"tokens": TOKENS, "dim": DIM, "grid": [16, 16]}}
-    about = {"fingerprint": "f" * 64, "settings": {}, "outputs": outputs, "preprocessing": {}, "environment": {}}
-    declare_group(storage, "teachers/big", about)
-    status = teacher_status("big", ROWS)
-    arrays = cache_arrays("big", SET, "patches", dtype="int8", transform="0" * 64, tokens=TOKENS, k=DIM, rows=ROWS)
-    declare_arrays(storage, [*arrays.values(), *samples.values(), status], SHARDS)
-    codes_BTk = rng.integers(-127, 128, (ROWS, TOKENS, DIM), dtype=np.int8)
-    for shard in range(SHARDS):
-        hashes = write_chunk(storage, samples["key_hash"], shard, rng.integers(1, 256, (ROWS, 16), dtype=np.uint8))
-        ledger.write(
-            Commit(phase="index", shard=shard, rows=ROWS, objects=(hashes,), samples=ROWS, name=f"{shard}.tar")
-        )
-        upload, path = storage.create(arrays["codes"].object(shard)), arrays["codes"].object(shard)
-        writer = ShardWriter(upload.file, ROWS, TOKENS * DIM)
-        writer.append(range(ROWS), codes_BTk)
-        nbytes, crc = writer.finish()
-        upload.publish()
-        records = [
-            ObjectRecord(path, nbytes, crc32c_hex(crc), crc32c_hex(writer.content_crc32c)),
-            write_chunk(storage, arrays["scales"], shard, rng.random((ROWS, TOKENS), dtype=np.float32)),
-            write_chunk(storage, samples["status"], shard, np.full(ROWS, OK, np.uint8)),
-            write_chunk(storage, status, shard, np.full(ROWS, OK, np.uint8)),
-        ]
-        ledger.write(
-            Commit(
-                phase="cache", shard=shard, rows=ROWS, objects=tuple(records), teacher="big", set=SET,
-                fingerprint="f" * 64, transform={"patches": "0" * 64}, status={"ok": ROWS},
-            )
-        )  # fmt: skip
-    return arrays["codes"].object(1)
 
 
 @contextmanager
@@ -255,7 +211,8 @@ def tables() -> list[Table]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, store = Path(name), Path(name, "store")
         folder.chmod(0o755)  # nginx reads as another user
-        path = write_store(store)
+        write_store(store, [ROWS] * SHARDS, {"big": TEACHER})
+        path = f"teachers/big/cache/{TEACHER.cache_set}/patches/codes/c/1/0/0"
         url, rows = bytes_beside_nginx(folder, store, path, stack)
         rows += [client_beside_httpx(url, path), not_modified(Path("demo/store")), *slow_readers(store, path)]
     return [Table(title, tuple(rows))]

@@ -1,38 +1,50 @@
-"""What the phases share: a batch of images, and the account of every row.
+"""What the phases share: a batch of views, and the account of every row.
 
-Suffixes: B = images of a batch, C = rows of the dataset shard, S = side in pixels.
+Suffixes: B = views of a batch, C = rows of the dataset shard, S = side in pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 import torch
 
 from statsvc.layout import BEYOND_RANGE, NON_FINITE, OK, STATUS_NAMES, UNDECODABLE, WRONG_SHAPE
 from statsvc.ledger import Commit, Failure
-from statsvc.views import Box
+from statsvc.views import View
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decoded images in the order of the tar; images[i] is uint8 [B, S, S, 3] for the i-th teacher of the unit.
+    """Views of images in the order of the tar; images[i] is uint8 [B, S, S, 3] for the i-th teacher of the unit.
 
+    rows        of the dataset shard: position x views of each image + number of the view
     hashes_B16  of the keys
-    boxes       what part of the upright image each view is
     """
 
-    positions: np.ndarray
+    rows: np.ndarray
     keys: tuple[str, ...]
     hashes_B16: np.ndarray
-    boxes: tuple[Box, ...]
+    views: tuple[View, ...]
     images: tuple[np.ndarray, ...]
+    per_image: int = 1
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """[B] which of its image's views each one is."""
+        numbers_B: np.ndarray = self.rows % self.per_image
+        return numbers_B
+
+    def failure(self, j: SupportsIndex, reason: str) -> Failure:
+        """What became of view j, which is named where there are several."""
+        position, number = divmod(int(self.rows[j]), self.per_image)
+        return Failure(self.keys[j], position, f"view {number}: {reason}" if self.per_image > 1 else reason)
 
     @property
     def halves(self) -> np.ndarray:
-        """[B] 0 or 1: the half of the images that each one belongs to."""
+        """[B] 0 or 1: the half of the images that each one belongs to, with all its views."""
         halves_B: np.ndarray = self.hashes_B16[:, 0] & 1
         return halves_B
 
@@ -42,7 +54,7 @@ class Features:
     """What a teacher gave for a batch.
 
     outputs     float32 [B, T, D] on the device
-    wrong_B     bool: images for which it gave another shape; theirs are NaN here
+    wrong_B     bool: views for which it gave another shape; theirs are NaN here
     covered_BT  bool: patches that lie wholly inside the image; None: all of them
     split       whether the batch had to be split
     """
@@ -64,38 +76,39 @@ class Account:
 
     def __init__(self, rows: int) -> None:
         self.status_C = np.zeros(rows, np.uint8)
-        self.failed: list[Failure] = []
+        self.failed: list[tuple[int, Failure]] = []  # with the row, or the first of those of an image
         self.beyond_range = 0
         self.batch_split = False  # for memory, or to find the image that came out in another shape
 
-    def undecodable(self, failure: Failure) -> None:
-        self.status_C[failure.position] = UNDECODABLE
-        self.failed.append(failure)
+    def undecodable(self, rows: slice, failure: Failure) -> None:
+        """One failure for all rows of an image."""
+        self.status_C[rows] = UNDECODABLE
+        self.failed.append((rows.start, failure))
 
     def take(
         self, batch: Batch, finite_B: np.ndarray, wrong_B: np.ndarray, held_B: np.ndarray | None = None, dtype: str = ""
     ) -> np.ndarray:
-        """bool [B]: the images whose features can be used; the others are entered with their reason.
+        """bool [B]: the views whose features can be used; the others are entered with their reason.
 
-        held_B  images that the dtype of a cache set can hold. The teacher's status does not depend on it: other cache
+        held_B  views that the dtype of a cache set can hold. The teacher's status does not depend on it: other cache
                 sets may hold what this one cannot
         """
         status_B = np.where(wrong_B, WRONG_SHAPE, np.where(finite_B, OK, NON_FINITE)).astype(np.uint8)
-        self.status_C[batch.positions] = status_B
+        self.status_C[batch.rows] = status_B
         for j in np.flatnonzero(status_B != OK):
-            self.failed.append(Failure(batch.keys[j], int(batch.positions[j]), REASONS[int(status_B[j])]))
+            self.failed.append((int(batch.rows[j]), batch.failure(j, REASONS[int(status_B[j])])))
         usable_B: np.ndarray = status_B == OK
         if held_B is None:
             return usable_B
         for j in np.flatnonzero(usable_B & ~held_B):
             reason = f"a number is beyond the range of {dtype}; a cache set of float32 holds it"
-            self.failed.append(Failure(batch.keys[j], int(batch.positions[j]), reason))
+            self.failed.append((int(batch.rows[j]), batch.failure(j, reason)))
             self.beyond_range += 1
         return np.asarray(usable_B & held_B)
 
     def sorted_failures(self) -> tuple[Failure, ...]:
-        """In the order of the tar."""
-        return tuple(sorted(self.failed, key=lambda failure: failure.position))
+        """In the order of the rows."""
+        return tuple(failure for _, failure in sorted(self.failed, key=lambda failed: failed[0]))
 
     def counts(self) -> dict[str, int]:
         """How many rows have which status, without those that have none; ok are those that can be used."""
@@ -126,7 +139,7 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class SampleRows:
-    """What is the same for all teachers: each sample's status and its box x, y, w, h, flip in the upright image."""
+    """What is the same for all teachers: the status of each row, and its view: x, y, w, h, flip."""
 
     status_C: np.ndarray
     views_C5: np.ndarray

@@ -1,6 +1,6 @@
 """The cache phase: features -> transform -> codec -> feature shards.
 
-Suffixes: B = images of a batch, C = rows of the dataset shard, T = tokens, D = channels, k = channels of a target.
+Suffixes: B = views of a batch, C = rows of the dataset shard, T = tokens, D = channels, k = channels of a target.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CacheSink:
         batch, features, host = launched
         arrays = host.wait()
         usable_B = self.account.take(batch, arrays["finite"], features.wrong_B, arrays["held"], self._job.dtype)
-        rows_N = batch.positions[usable_B]
+        rows_N = batch.rows[usable_B]
         for output, writer in self._outputs.items():
             stored = {part.name: arrays[f"{output}/{part.name}"] for part in self._codec.arrays}
             if not usable_B.all():

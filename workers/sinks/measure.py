@@ -1,6 +1,6 @@
 """The measure phase: features into moments, for each half of the images.
 
-Suffixes: B = images of a batch, T = tokens, D = channels, N = feature vectors.
+Suffixes: B = views of a batch, T = tokens, D = channels, N = feature vectors.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ class MeasureSink:
                 self._streams[output][half].add(x_ND[torch.from_numpy(wanted).to(self._device, non_blocking=True)])
 
     def _measured_patches(self, batch: Batch, features: Features) -> np.ndarray | None:
-        """bool [B, T]: no padding, and of each image as many as the plan says; None: all."""
+        """bool [B, T]: no padding, and of each view as many as the plan says; None: all."""
         limit, covered_BT = self._job.tokens_per_image, features.covered_BT
         if limit is None or "patches" not in features.outputs:
             return covered_BT
         if covered_BT is None:
             covered_BT = np.ones(features.outputs["patches"].shape[:2], bool)
-        return np.stack([draw(c_T, limit, hash_16) for c_T, hash_16 in zip(covered_BT, batch.hashes_B16, strict=True)])
+        each = zip(covered_BT, batch.hashes_B16, batch.numbers, strict=True)
+        return np.stack([draw(covered_T, limit, hash_16, int(number)) for covered_T, hash_16, number in each])
 
     def commit(self) -> Commit:
         objects: list[ObjectRecord] = []
@@ -91,12 +92,13 @@ class MeasureSink:
         self._streams.clear()
 
 
-def draw(covered_T: np.ndarray, count: int, hash_16: np.ndarray) -> np.ndarray:
-    """bool [T]: that many of the covered tokens, a function of the key's hash alone.
+def draw(covered_T: np.ndarray, count: int, hash_16: np.ndarray, number: int = 0) -> np.ndarray:
+    """bool [T]: that many of the covered tokens, a function of the key's hash and the number of the view alone.
 
     By the raw words of a Philox generator: numpy promises that they never change, which it does not of its shuffles.
     """
-    words_T = np.random.Philox(key=int.from_bytes(hash_16.tobytes(), "little")).random_raw(len(covered_T))
+    key = int.from_bytes(hash_16.tobytes(), "little")
+    words_T = np.random.Philox(key=key, counter=number << 192).random_raw(len(covered_T))
     first = np.argsort(np.where(covered_T, words_T, np.iinfo(np.uint64).max), kind="stable")[:count]
     drawn_T = np.zeros(len(covered_T), bool)
     drawn_T[first] = True

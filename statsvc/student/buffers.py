@@ -1,0 +1,157 @@
+"""Where batches are put together: fresh memory, a ring of reused buffers, or memory shared with the training process.
+
+A DataLoader worker hands its batch over by sending where it lies: one piece of shared memory for the whole batch, into
+which rows were read in the first place. Nothing is copied on the way.
+
+Suffix: X = bytes of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import get_worker_info
+
+from statsvc.errors import PlanError
+
+Shape = tuple[int, ...]
+ALIGNMENT = 4096  # of every array of a batch: what a device copies fastest
+
+
+class Slab:
+    """One piece of memory for all arrays of a batch, taken in order."""
+
+    def __init__(self, nbytes: int, memory_X: torch.Tensor) -> None:
+        self.memory_X, self._taken = memory_X, 0
+        self.nbytes = nbytes
+
+    @staticmethod
+    def size(arrays: list[tuple[Shape, torch.dtype]]) -> int:
+        """Bytes that these arrays take."""
+        return sum(_room(shape, dtype) for shape, dtype in arrays)
+
+    def take(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        """The next array, uninitialized."""
+        begin, self._taken = self._taken, self._taken + _room(shape, dtype)
+        return _array(self.memory_X, begin, shape, dtype)
+
+    def rewind(self) -> Slab:
+        """Take from the beginning again."""
+        self._taken = 0
+        return self
+
+
+class Ring(NamedTuple):
+    """Whose buffers are used again: of which dataset, of which of its workers, and which of that one's rings."""
+
+    dataset: str
+    worker: int
+    name: str
+
+
+class Batch(dict[str, Any]):
+    """A batch whose arrays lie in one slab of shared memory; it arrives in another process as a plain dict.
+
+    ring  to which the slab belongs; None: it is not used again
+    """
+
+    def __init__(self, content: dict[str, Any], slab: Slab, ring: Ring | None) -> None:
+        super().__init__(content)
+        self.slab, self.ring = slab, ring
+
+    def __copy__(self) -> Batch:  # DataLoader's default_convert copies mappings
+        return Batch(dict(self), self.slab, self.ring)
+
+    def __reduce__(self) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
+        memory_X = self.slab.memory_X
+        begin, end = memory_X.data_ptr(), memory_X.data_ptr() + memory_X.numel()
+
+        def located(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: located(each) for name, each in value.items()}
+            if isinstance(value, torch.Tensor) and begin <= value.data_ptr() < end and value.is_contiguous():
+                return _Located(value.data_ptr() - begin, tuple(value.shape), value.dtype)
+            return value
+
+        return _rebuilt, (located(dict(self)), memory_X, self.ring)
+
+
+class _Located(tuple[int, Shape, torch.dtype]):
+    """Where an array lies in its slab."""
+
+    __slots__ = ()
+
+    def __new__(cls, *where: Any) -> _Located:
+        return super().__new__(cls, where)
+
+    def __reduce__(self) -> tuple[type[_Located], tuple[Any, ...]]:
+        return _Located, tuple(self)
+
+
+# What worker processes use again stays mapped here: to map it anew for every batch costs as much as to read it.
+_mapped: dict[tuple[str, int], tuple[str, list[torch.Tensor]]] = {}
+
+
+def forget(dataset: str) -> None:
+    """Let go of what the workers of a dataset shared with this process."""
+    for key in [key for key in _mapped if key[0] == dataset]:
+        del _mapped[key]
+
+
+def _rebuilt(content: dict[str, Any], memory_X: torch.Tensor, ring: Ring | None) -> dict[str, Any]:
+    if ring is not None:
+        name, known = _mapped.get((ring.dataset, ring.worker), ("", []))
+        if name != ring.name:
+            name, known = ring.name, []
+            _mapped[ring.dataset, ring.worker] = name, known
+        if all(kept_X.data_ptr() != memory_X.data_ptr() for kept_X in known):
+            known.append(memory_X)
+
+    def found(value: Any) -> Any:
+        if isinstance(value, _Located):
+            return _array(memory_X, *value)
+        if isinstance(value, dict):
+            return {name: found(each) for name, each in value.items()}
+        return value
+
+    result: dict[str, Any] = found(content)
+    return result
+
+
+def slabs(nbytes: int, reuse: int) -> Iterator[Slab]:
+    """Slabs without end: `reuse` of them in turn, or a new one each time where that is 0.
+
+    In a DataLoader worker they lie in shared memory; else, those that are reused are pinned where there is a CUDA
+    device. Raises PlanError where there is no memory for them.
+    """
+    try:
+        ring = [Slab(nbytes, _memory(nbytes, reused=True)) for _ in range(reuse)]
+    except RuntimeError as error:
+        raise PlanError(
+            f"no memory for {reuse} buffers of {nbytes} bytes ({error}); in a container give it more shared memory "
+            "(docker run --shm-size), or take smaller batches"
+        ) from error
+    turn = 0
+    while True:
+        yield ring[turn % reuse].rewind() if reuse else Slab(nbytes, _memory(nbytes, reused=False))
+        turn += 1
+
+
+def _memory(nbytes: int, *, reused: bool) -> torch.Tensor:
+    if get_worker_info() is not None:
+        storage = torch.UntypedStorage._new_shared(max(nbytes, 1))  # type: ignore[no-untyped-call]
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
+    pinned = reused and torch.cuda.is_available()
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _room(shape: Shape, dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _array(memory_X: torch.Tensor, begin: int, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    nbytes = math.prod(shape) * dtype.itemsize
+    return memory_X[begin : begin + nbytes].view(dtype).view(shape)

@@ -1,0 +1,248 @@
+"""Cached targets as a torch dataset: whole batches of rows, with the images they belong to where they are wanted.
+
+    dataset = TargetDataset("store", teachers=["dino"], batch_size=64, image_size=224)
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        for batch in DataLoader(dataset, batch_size=None, num_workers=4):
+            batch["image"], batch["targets"]["dino"]["patches"]
+
+Suffixes: B = rows of a batch, T = tokens, k = channels of a target, S = side of the image in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from statsvc.canonical import canonical_json, sha256
+from statsvc.dataset.decode import Resize
+from statsvc.errors import PlanError
+from statsvc.ledger import attributes
+from statsvc.plan import Data
+from statsvc.store import Store
+from statsvc.student.buffers import Batch, Ring, forget, slabs
+from statsvc.student.census import Missing, take_census
+from statsvc.student.images import Images, Pixels, Triple
+from statsvc.student.location import Location, recorded_data
+from statsvc.student.order import EpochOrder, Order, Tail
+from statsvc.student.position import Position
+from statsvc.student.reader import Choice, Reader, Wish
+from statsvc.targets import Targets
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BUFFERS = 4
+OF_ORDER = ("batch_size", "window", "seed", "shuffle", "world_size", "tail")
+
+
+class TargetDataset(IterableDataset[dict[str, Any]]):
+    """Batches of rows, each row once in an epoch over all ranks and DataLoader workers.
+
+    store         path or http://host:8000
+    teachers      names; None: all of the store
+    outputs       that each of them must have; None: all that each has
+    cache_sets    by teacher, where it has several
+    space         'normalized' targets, or features in the 'teacher' space
+    method        by which features of a raw cache set are normalized
+    batch_size    rows of a batch
+    image_size    side of the student's image in pixels; None: no images. image_interpolation: as in a plan.
+                  image_mean, image_std: of its pixels in [0, 1]; both None: uint8
+    shards        where the dataset's tars lie: patterns as in a plan, or its section; None: as the run recorded it
+    seed, shuffle the order is a function of (seed, epoch). window: rows that are shuffled together, at least
+    rank, world_size
+                  None: those of torch.distributed where it is initialized, else 0 of 1
+    tail          'pad' repeats rows until all ranks have as many, 'drop' gives full batches only
+    decode        False: codes and scales, or values, as they are stored, to be decoded on the device
+    missing       a row that a teacher has no target of is an 'error', 'skip' leaves it out, 'mask' keeps it
+    reuse_buffers a batch lies in memory that is used again BUFFERS batches later, counted for each DataLoader worker:
+                  with prefetch_factor=2, take at most one more before this one is done with. Pinned where there is CUDA
+    only          numbers of the dataset shards to use; None: all
+    cache, cache_nbytes
+                  folder and limit of the copies of remote shards; None: a folder of the user's cache
+    token         of the service; None: STATSVC_TOKEN
+
+    A batch: rows int64 [B]; keys, or without images their hashes in hex; step, its number in the epoch; padding bool
+    [B], whether a row is a repeat of tail='pad'; image float32 or uint8 [B, 3, S, S]; targets {teacher: {output:
+    float32 [B, T, k]}}, or in place of an array {'codes', 'scales'} or {'values'}. With missing='mask' also present
+    {teacher: bool [B]}; targets that are not present are zero.
+
+    Raises PlanError and NotFound for what cannot be, AbsentRow for missing='error', before anything is read;
+    ShardChanged where an image is not that of its row, DamagedObject for damaged targets, while it is read.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        teachers: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = ("patches",),
+        cache_sets: Mapping[str, str] | None = None,
+        space: str = "normalized",
+        method: str | None = None,
+        batch_size: int = 64,
+        image_size: int | None = None,
+        image_mean: Triple | None = IMAGENET_MEAN,
+        image_std: Triple | None = IMAGENET_STD,
+        image_interpolation: str = "bicubic",
+        shards: str | Sequence[str] | Data | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        window: int = 16384,
+        rank: int | None = None,
+        world_size: int | None = None,
+        tail: Tail = "pad",
+        decode: bool = True,
+        missing: Missing = "error",
+        reuse_buffers: bool = False,
+        only: Iterable[int] | None = None,
+        cache: str | Path | None = None,
+        cache_nbytes: int = 64 << 30,
+        token: str | None = None,
+    ) -> None:
+        super().__init__()
+        if space not in ("normalized", "teacher"):
+            raise PlanError(f"space {space!r} is neither 'normalized' nor 'teacher'")
+        self._location = Location(str(store), token, cache, cache_nbytes)
+        self._choice = Choice(_names(teachers), _names(outputs), dict(cache_sets or {}), method)
+        self._wish = Wish(space if decode else None, missing == "mask")
+        self._pixels: Pixels | None = None
+        if image_size is not None:
+            self._pixels = Pixels(Resize(image_size, image_interpolation), image_mean, image_std)
+        self._buffers = BUFFERS if reuse_buffers else 0
+        self._id, self._position = uuid.uuid4().hex, Position()
+        opened = self._location.open()
+        targets = self._choice.targets(opened)
+        self._data = _data(opened, shards) if self._pixels else None
+        self._census = take_census(opened, targets, missing, only)
+        rank, world_size = _rank(rank, world_size)
+        self._order = Order(self._census.count_S, batch_size, window, seed, shuffle, rank, world_size, tail)
+        self._identity = {
+            "dataset_shards": sha256(canonical_json(self._census.shards), self._census.count_S)[:16],
+            **{name: getattr(self._order, name) for name in OF_ORDER},
+        }
+        self._reader: tuple[int, Reader] | None = (os.getpid(), self._read_with(opened, targets))
+        weakref.finalize(self, forget, self._id)
+
+    @property
+    def targets(self) -> dict[str, dict[str, Targets]]:
+        """What is read, by teacher and output: their transform, tokens and k."""
+        return self._opened().targets
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Of all ranks, repeats not included."""
+        return self._order.rows if self._order.tail == "pad" else self._order.per_rank * self._order.world_size
+
+    @property
+    def epoch(self) -> int:
+        """That the next iteration takes."""
+        return self._position.epoch
+
+    def counts(self) -> dict[str, Any]:
+        """Rows to train on, those that each epoch drops, images that could not be decoded, rows that teachers lack."""
+        return {
+            "rows": self._order.rows,
+            "dropped_per_epoch": self._order.rows - self.rows_per_epoch,
+            "undecodable": self._census.undecodable,
+            "missing": dict(self._census.missing),
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the next iteration takes, also that of persistent workers. Without it, an epoch is taken again.
+
+        After load_state_dict, its own epoch goes on where it was.
+        """
+        self._position.set_epoch(epoch)
+
+    def state_dict(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Where training stands, for every rank alike: after the batch that this object gave last, or after `batch`.
+
+        With DataLoader workers, which give batches ahead of time, only `batch` tells what was used.
+        """
+        epoch, step = self._position.next
+        if batch is not None:
+            epoch, step = self.epoch, batch["step"] + 1
+        return {"epoch": epoch, "step": step, **self._identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration begins with the batch after those that the state has seen, with any number of workers.
+
+        Raises PlanError where the order of rows is another one now.
+        """
+        if differing := [name for name, value in self._identity.items() if state.get(name) != value]:
+            values = "; ".join(f"{n} was {state.get(n)!r} and is {self._identity[n]!r}" for n in differing)
+            raise PlanError(
+                f"the state is of a dataset that gives other batches: {values}. Use those settings and that store, or "
+                "begin an epoch anew with set_epoch"
+            )
+        self._position.resume(state["epoch"], state["step"])
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch."""
+        return self._order.batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch, step = self._position.begin(worker, workers)
+        return self._batches(self._order.epoch(epoch), epoch, step, worker, workers)
+
+    def _batches(
+        self, order: EpochOrder, epoch: int, first: int, worker: int, workers: int
+    ) -> Iterator[dict[str, Any]]:
+        reader, window = self._opened(), None
+        memory = slabs(reader.slab_nbytes(min(self._order.batch_size, self._order.per_rank)), self._buffers)
+        ring = Ring(self._id, worker, uuid.uuid4().hex) if self._buffers else None
+        for step in range(first, order.batches, workers):
+            if window != (window := order.window_of(step)):
+                reader.prefetch([*order.shards_of(window), *order.shards_of(window + 1)], worker, workers)
+            slab = next(memory)
+            batch = {**reader.read(order.batch(step), slab), "step": step}
+            self._position.passed(epoch, step + workers)
+            yield batch if get_worker_info() is None else Batch(batch, slab, ring)
+
+    def _opened(self) -> Reader:
+        """What this process reads with: connections, threads and files do not pass a fork."""
+        if self._reader is None or self._reader[0] != os.getpid():
+            opened = self._location.open()
+            self._reader = os.getpid(), self._read_with(opened, self._choice.targets(opened))
+        return self._reader[1]
+
+    def _read_with(self, store: Store, targets: dict[str, dict[str, Targets]]) -> Reader:
+        images = None
+        if self._pixels is not None and self._data is not None:
+            images = Images(store, self._data, self._location.fetch_tar, self._pixels)
+            images.check(self._census.shards)
+        return Reader(store, targets, self._census, self._wish, images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+
+def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    return (names,) if isinstance(names, str) else None if names is None else tuple(names)
+
+
+def _data(store: Store, shards: str | Sequence[str] | Data | None) -> Data:
+    """Where the dataset's tars lie. Which files in them are the images is as the store has it."""
+    if isinstance(shards, Data):
+        return shards
+    if shards is None:
+        return recorded_data(store)
+    return Data(shards=_names(shards) or (), images=tuple(attributes(store.backend, "", "images")["images"]))
+
+
+def _rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise PlanError(f"rank {rank}, world_size {world_size}: give both, or neither for those of torch.distributed")
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
