@@ -15,9 +15,10 @@ from PIL import Image
 from statsvc.errors import AbsentRow, DamagedObject, NotFound, PlanError, ShardChanged
 from statsvc.layout import key_hash
 from statsvc.plan import Data, Targets
+from statsvc.store import open_store
 from statsvc.student import TargetDataset, decode
 from statsvc.student.dataset import BUFFERS
-from tests.conftest import PRESENT, ROWS_PER_SHARD, Finished, by_row
+from tests.conftest import PRESENT, ROWS_PER_SHARD, Finished, by_row, plan_for
 from tests.http_stub import stub
 from tests.service import Running
 from tests.stores import MadeTeacher, write_store
@@ -305,6 +306,31 @@ def test_images_come_from_a_server_through_the_cache(
         server.objects["/a.tar"] = write_tar(tmp_path / "a.tar", photographs("a0")).read_bytes()
         with pytest.raises(ShardChanged, match=r"a.tar has \d+ bytes with crc32c:.* were indexed"):
             read("fresh")
+
+
+def test_the_student_sees_every_random_view_as_the_teachers_saw_it(
+    finished: Finished, dinov2: Path, tmp_path: Path
+) -> None:
+    views = {"kind": "random-resized-crop", "per_image": 3, "seed": 5}
+    plan = plan_for(finished.folder, dinov2, views=views, store=str(tmp_path / "views"))
+    assert Finished(finished.folder, plan).run() == 0
+    store, shown, flips = open_store(plan.store), {}, 0
+    # The teacher's own size and filter.
+    options: dict[str, Any] = {"image_size": 32, "image_mean": None, "image_std": None}
+    for batch in TargetDataset(plan.store, teachers=["dino"], batch_size=7, image_interpolation="bicubic", **options):
+        for row, key, image_3SS in zip(batch["rows"].tolist(), batch["keys"], batch["image"], strict=True):
+            shard, position, view = row // 21, row % 21 // 3, row % 3
+            assert key == by_row()[shard * ROWS_PER_SHARD + position][0]
+            x, y, w, h, flip = map(int, store.teacher("dino").targets().views(shard)[row % 21])
+            with Image.open(io.BytesIO(by_row()[shard * ROWS_PER_SHARD + position][1])) as opened:
+                crop = opened.convert("RGB").crop((x, y, x + w, y + h))
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+            expected_SS3 = np.array(crop.resize((32, 32), Image.Resampling.BICUBIC))
+            assert np.array_equal(image_3SS.permute(1, 2, 0).numpy(), expected_SS3)
+            shown[key, view], flips = (x, y, w, h, flip), flips + flip
+    assert len(shown) == 3 * len(PRESENT)
+    assert len(set(shown.values())) > len(PRESENT)
+    assert 0 < flips < len(shown)
 
 
 def test_damaged_targets_are_not_handed_out(finished: Finished) -> None:

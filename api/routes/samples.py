@@ -1,4 +1,7 @@
-"""Which row belongs to a sample?"""
+"""Which row belongs to a sample?
+
+Suffix: C = rows of a dataset shard.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     store = service.live.current()
     raw_key = unquote_to_bytes(request.scope["raw_path"]).partition(b"/samples/")[2]  # keys need not be UTF-8
     wanted = np.frombuffer(key_hash(raw_key.decode("utf-8", "surrogateescape")), np.uint8)
-    rows, damaged = [], 0
+    rows, damaged = list[Row](), 0
     with service.one_of_few():
         for shard in service.census.indexed():
             try:
-                matching = np.flatnonzero((store.key_hashes(shard) == wanted).all(axis=1))
-                rows += [found_row(store, shard, int(index), store.views_per_image) for index in matching]
+                matching = np.flatnonzero((store.key_hashes(shard) == wanted).all(axis=1)).tolist()
+                rows += found_rows(store, shard, matching) if matching else []
             except DamagedObject:
                 damaged += 1
     if not rows and damaged:
@@ -45,23 +48,24 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     return Sample(key=key, rows=rows)
 
 
-def found_row(store: Store, shard: int, index: int, views: int) -> Row:
-    """What is known of row `index` of a dataset shard."""
-    teachers, status = {}, STATUS_NAMES[0]
+def found_rows(store: Store, shard: int, indices: list[int]) -> list[Row]:
+    """What is known of some rows of a dataset shard."""
+    teachers, status_C, views = dict[str, np.ndarray](), None, store.views_per_image
     for name in store.teachers():
         for set_ in store.teacher(name).cache_sets():
             if commit := store.ledger.read("cache", shard, name, set_):
                 specs = teacher_status(name, store.rows_per_shard), sample_arrays(store.rows_per_shard)["status"]
-                teachers[name], status = (
-                    STATUS_NAMES[int(read_chunk(store.backend, spec, shard, commit)[index])] for spec in specs
-                )
+                teachers[name], status_C = (read_chunk(store.backend, spec, shard, commit) for spec in specs)
     indexed = store.ledger.read("index", shard)
-    return Row(
-        row=shard * store.rows_per_shard + index,
-        dataset_shard=indexed.name if indexed else None,
-        shard=shard,
-        position=index // views,
-        view=index % views,
-        status=status,
-        teachers=teachers,
-    )
+    return [
+        Row(
+            row=shard * store.rows_per_shard + index,
+            dataset_shard=indexed.name if indexed else None,
+            shard=shard,
+            position=index // views,
+            view=index % views,
+            status=STATUS_NAMES[0 if status_C is None else int(status_C[index])],
+            teachers={name: STATUS_NAMES[int(of_teacher_C[index])] for name, of_teacher_C in teachers.items()},
+        )
+        for index in indices
+    ]

@@ -7,14 +7,16 @@ Suffixes: S = dataset shards, C = rows of a dataset shard, N = rows of a dataset
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from statsvc.backends.cached import CachedBackend
 from statsvc.errors import AbsentRow, NotFound, PlanError
 from statsvc.layout import BEYOND_RANGE, STATUS_NAMES
 from statsvc.ledger import Commit
@@ -25,6 +27,7 @@ Missing = Literal["error", "skip", "mask"]
 Chosen = Mapping[str, Mapping[str, Targets]]  # of each teacher, by output
 OF_IMAGES = STATUS_NAMES[:3]  # the statuses that all teachers share
 SHOWN = 3  # rows that an error lists
+READERS = 8  # threads that ask a service
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +61,11 @@ def take_census(store: Store, chosen: Chosen, missing: Missing, only: Iterable[i
     """
     if missing not in ("error", "skip", "mask"):
         raise PlanError(f"missing {missing!r} is none of 'error', 'skip', 'mask'")
+    wanted = _shards(store, only)
+    if isinstance(store.backend, CachedBackend):
+        _read_commits(store, chosen, wanted)
     counting = _Counting(store, chosen, missing)
-    counts = {shard: counting.count(shard) for shard in _shards(store, only)}
+    counts = {shard: counting.count(shard) for shard in wanted}
     shards = [shard for shard, count in counts.items() if count]
     if not shards:
         raise NotFound(
@@ -79,6 +85,16 @@ def _shards(store: Store, only: Iterable[int] | None) -> list[int]:
         there = f"{len(indexed)} of them, {indexed[0]} to {indexed[-1]}" if indexed else "none"
         raise NotFound(f"only=... names the dataset shards {sorted(unknown)[:5]}; the store has {there}")
     return chosen
+
+
+def _read_commits(store: Store, chosen: Chosen, shards: list[int]) -> None:
+    """Have the ledger read what a remote store is about to be asked for, several at a time."""
+
+    def read(commit: tuple[str, int]) -> None:
+        store.ledger.read("cache", commit[1], commit[0], _set(chosen[commit[0]]))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        deque(pool.map(read, [(name, shard) for name in chosen for shard in shards]), maxlen=0)
 
 
 class _Counting:

@@ -67,8 +67,8 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
                   folder and limit of the copies of remote shards; None: a folder of the user's cache
     token         of the service; None: STATSVC_TOKEN
 
-    A batch: rows int64 [B]; keys, or without images their hashes in hex; step, its number in the epoch; padding bool
-    [B], whether a row is a repeat of tail='pad'; image float32 or uint8 [B, 3, S, S]; targets {teacher: {output:
+    A batch: epoch, and step, its number in it; rows int64 [B]; keys, or without images their hashes in hex; padding
+    bool [B], whether a row is a repeat of tail='pad'; image float32 or uint8 [B, 3, S, S]; targets {teacher: {output:
     float32 [B, T, k]}}, or in place of an array {'codes', 'scales'} or {'values'}. With missing='mask' also present
     {teacher: bool [B]}; targets that are not present are zero.
 
@@ -167,7 +167,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         """
         epoch, step = self._position.next
         if batch is not None:
-            epoch, step = self.epoch, batch["step"] + 1
+            epoch, step = batch["epoch"], batch["step"] + 1
         return {"epoch": epoch, "step": step, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -203,7 +203,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             if window != (window := order.window_of(step)):
                 reader.prefetch([*order.shards_of(window), *order.shards_of(window + 1)], worker, workers)
             slab = next(memory)
-            batch = {**reader.read(order.batch(step), slab), "step": step}
+            batch = {**reader.read(order.batch(step), slab), "epoch": epoch, "step": step}
             self._position.passed(epoch, step + workers)
             yield batch if get_worker_info() is None else Batch(batch, slab, ring)
 

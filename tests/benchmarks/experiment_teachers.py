@@ -1,9 +1,10 @@
 """Four teachers for the small experiment: real architectures with the statistics of trained ones, without a download.
 
-Weights are drawn at random from a seed, four layers deep, at about a quarter of the real widths. Then weight and bias of
-the last LayerNorm are set so that, on other photographs than the experiment's, every channel has the mean and standard
-deviation that `tests.features.channel_scales` gives it: the extremes of the paper's Table 7, with sigma_g and phi of its
-Table 8. Which channel gets which is drawn. Correlations between channels are what the network makes of photographs.
+Weights are drawn at random from a seed, four layers deep, at about a quarter of the real widths. Then weight and bias
+of the last LayerNorm are set so that, on other photographs than the experiment's, every channel has the mean and
+standard deviation that `tests.features.channel_scales` gives it: the extremes of the paper's Table 7, with sigma_g and
+phi of its Table 8. Which channel gets which is drawn. Correlations between channels are what the network makes of
+photographs.
 
 Suffixes: N = feature vectors, B = images, T = tokens, D = channels, S = side of the image in pixels.
 """

@@ -31,13 +31,16 @@ def read_record(text: str) -> tuple[dict[str, Any], Sections]:
     return found["environment"], sections
 
 
-def markdown(environment: dict[str, Any], sections: Sections) -> str:
-    """The block that goes between the markers."""
+RATIOS = "Measured in one run; ratios above 1 mean that ours is better."
+
+
+def markdown(environment: dict[str, Any], sections: Sections, begin: str = RATIOS) -> str:
+    """The block that goes between the markers, with `begin` at its head."""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     about = f"{environment['cores']} cores of {environment['cpu']}, Python {environment['python']}, {versions}"
     if environment["device"] != "CPU":
         about = f"{environment['device']}, {about}"
-    parts = [f"Measured in one run; ratios above 1 mean that ours is better. {about}."]
+    parts = [f"{begin} {about}."]
     for table in (table for each in sections.values() for table in each):
         head, *lines = ([_cell(cell) for cell in line] for line in table.grid())
         rows = [head, ["---"] * len(head), *lines]
