@@ -1,8 +1,8 @@
-# make setup | run | test | check | bench | bench-gpu | compose-test    (PYTHON=python3.12 make setup, for another interpreter)
+# make setup | run | test | check | bench | bench-gpu | experiment | compose-test    (PYTHON=python3.12 make setup, for another interpreter)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check bench bench-gpu compose-test clean
+.PHONY: setup run test check bench bench-gpu experiment compose-test clean
 
 setup: .venv/installed
 
@@ -42,6 +42,10 @@ bench: setup .bench-peers/installed
 # All checks and benchmarks of a machine with a CUDA device, in less than eight minutes.
 bench-gpu: setup
 	$(BIN)/python -m tests.benchmarks.gpu --json tests/benchmarks/records/gpu.json --readme README.md
+
+# The paper's comparison of losses and normalizations, small: ten minutes on two cores.
+experiment: setup
+	$(BIN)/python -m tests.benchmarks.experiment --json tests/benchmarks/records/experiment.json --readme README.md
 
 # The CPU containers for real, from the build to processes that are killed under them. Needs docker with compose.
 compose-test: setup

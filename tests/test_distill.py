@@ -35,6 +35,7 @@ from statsvc.progress import Bar, Display
 from statsvc.student.cached import Cached
 from statsvc.student.distill import distill
 from statsvc.student.evaluate import match
+from statsvc.student.objective import Objective
 from statsvc.student.processes import Processes
 from statsvc.student.recipe import Recipe, Train
 from statsvc.student.training import rate
@@ -184,6 +185,31 @@ def test_targets_of_another_grid_are_brought_to_the_students(finished_once: Fini
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["teachers"]["dino"]["patches"]["tokens"] == 6 * 36
     assert list(report["teachers"]) == ["dino"]
+
+
+def test_patches_that_are_not_wholly_image_are_neither_learned_nor_measured(
+    dinov2: Path, decoders: Decoders, finished_once: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch, decoders)
+    for path in finished_once.folder.glob("*.tar"):
+        shutil.copy(path, tmp_path / path.name)
+    plan = plan_for(tmp_path, dinov2, views={"kind": "whole"})
+    plan = plan.model_copy(update={"teachers": {"dino": plan.teachers["dino"]}})
+    assert run(plan, Told()) == 0
+    seen: list[dict[str, torch.Tensor]] = []
+    real = Objective.forward
+
+    def watched(self: Objective, found: Any, targets: Any, counts: dict[str, torch.Tensor]) -> Any:
+        seen.append(counts)
+        return real(self, found, targets, counts)
+
+    monkeypatch.setattr(Objective, "forward", watched)
+    assert distill(plan, recipe(tmp_path / "out"), Told()) == 0
+    # Photographs of 40 x 32 on 32 pixels: 26 rows of them, and of 4 rows of patches 3 are wholly image.
+    assert all(counts["dino"].view(2, 4, 4).all(2).tolist() == [[True, True, True, False]] * 2 for counts in seen)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["teachers"]["dino"]["patches"]["tokens"] == 6 * 12
+    assert report["teachers"]["dino"]["summary"]["tokens"] == 6
 
 
 @pytest.mark.parametrize(

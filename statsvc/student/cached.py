@@ -105,10 +105,10 @@ class Cached:
         if self._plan.targets.space == "teacher":
             cache_set = raw_set_name(dtype)
         else:
-            digests = [methods.get(method) for methods in fits.values()]
-            if not digests or not all(isinstance(digest, str) for digest in digests):
-                teacher.transform(method, next(iter(teacher.outputs)))  # says why there is none
-            cache_set = set_name(method, sha256(*(str(digest).encode() for digest in digests)), dtype)
+            for output in teacher.outputs:
+                if not isinstance(fits.get(output, {}).get(method), str):
+                    teacher.transform(method, output)  # raises, and says why there is none
+            cache_set = set_name(method, sha256(*(methods[method].encode() for methods in fits.values())), dtype)
         if cache_set not in teacher.cache_sets():
             raise NotFound(
                 f"teacher {teacher.name} has no targets as the plan has them, {cache_set}; it has "

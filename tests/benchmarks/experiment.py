@@ -1,4 +1,4 @@
-"""`make experiment`: the paper's comparison, small: one student, one order of the data, twelve ways to say what it learns.
+"""`make experiment`: the paper's comparison, small: one student, one order of the data, twelve things to minimize.
 
     python -m tests.benchmarks.experiment [--json RECORD] [--readme README.md]
     python -m tests.benchmarks.experiment --from RECORD --readme README.md      writes the tables of a record again
@@ -171,9 +171,9 @@ def order(rows: int, seed: int) -> torch.Tensor:
 @torch.no_grad()
 def measure(folded: Student, photographs: Photographs, maps: dict[str, Transform] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    said = [folded(image) for image in photographs.images["held-out"].split(32)]
+    said = [folded(image) for image in torch.split(photographs.images["held-out"], 32)]
     for name, true_NTD in photographs.features["held-out"].items():
-        matching = Matching(true_NTD.shape[-1], maps and maps[name], torch.device("cpu"))
+        matching = Matching(true_NTD.shape[-1], maps[name] if maps else None, torch.device("cpu"))
         matching.add(torch.cat([each[name]["patches"] for each in said]).flatten(0, 1), true_NTD.flatten(0, 1))
         found[name] = matching.report()
     return found

@@ -52,7 +52,8 @@ class Runs:
 
 def ranks(figure_MSE: Floats) -> Floats:
     """[M, S, E]: 1 for the method with the smallest figure, for each seed and teacher."""
-    return figure_MSE.argsort(axis=0).argsort(axis=0) + 1.0
+    places: Floats = figure_MSE.argsort(axis=0).argsort(axis=0).astype(np.float64) + 1
+    return places
 
 
 def tables(runs: Runs, teachers: dict[str, dict[str, float]]) -> list[Table]:
@@ -87,9 +88,9 @@ def about(teachers: dict[str, dict[str, float]]) -> Table:
         for name, each in teachers.items()
     )  # fmt: skip
     note = (
-        "Real architectures with random weights, whose last norm gives channels the means and deviations that the paper "
-        "reports of trained teachers (Tables 7 and 8), at a quarter of the widths. In Table 6 the effective rank is 0.85 "
-        "of the width for DFN CLIP, 0.79 for SigLIP, 0.87 for DINOv2, 0.61 for SAM."
+        "Real architectures with random weights, whose last norm gives channels the means and deviations that the "
+        "paper reports of trained teachers (Tables 7 and 8), at a quarter of the widths. In Table 6 the effective rank "
+        "is 0.85 of the width for DFN CLIP, 0.79 for SigLIP, 0.87 for DINOv2, 0.61 for SAM."
     )
     return Table("The teachers, on the photographs to train on", (), note, header, lines)
 
@@ -148,9 +149,9 @@ def verdict(runs: Runs) -> str:
     places = ", ".join(f"{teacher} {place:.0f}" for teacher, place in zip(runs.teachers, place_E, strict=True))
     said = (
         f"**PHI-S against raw MSE**: the squared error on held-out photographs falls by {'; '.join(gains)}, paired by "
-        f"seed. Average ranks: {', '.join(best[:4])} come first, in this order; in the paper PHI-S does. Among "
-        f"{len(runs.methods)} methods the range of the errors' variance over channels, in the teacher's own space, puts "
-        f"PHI-S at place {places} (smallest first)."
+        f"seed. By average rank {', '.join(best[:4])} come first, in this order; in the paper PHI-S does. By the range "
+        f"of the errors' variance over channels, in the teacher's own space, PHI-S has the place {places} of "
+        f"{len(runs.methods)} (1: smallest)."
     )
     if against:
         said += f" Against the paper: {', '.join(against)}."
