@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from statsvc.errors import PlanError
-from statsvc.student import TargetDataset
+from statsvc.student import TargetDataset, decode
 from tests.conftest import Finished
 from tests.ddp_rank import train
 from tests.ports import free_port
@@ -182,6 +182,17 @@ def test_a_reused_buffer_stays_mapped_and_a_batch_is_good_until_the_one_after_th
         before = batch
         places.append(batch["rows"].untyped_storage().data_ptr())
     assert len(set(places)) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_with_a_cuda_device_reused_buffers_are_pinned_and_codes_are_decoded_there(location: Path) -> None:
+    decoded = copied(iter(make(location)))
+    for step, batch in enumerate(make(location, decode=False, reuse_buffers=True)):
+        stored = batch["targets"]["wide"]["patches"]
+        assert stored["codes"].is_pinned()
+        on_device = {name: array.to("cuda", non_blocking=True) for name, array in stored.items()}
+        assert torch.equal(decode(**on_device).cpu(), decoded[step]["targets"]["wide"]["patches"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
