@@ -6,7 +6,7 @@ teacher. zarr-python describes the arrays; their data is written by our own code
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from statsvc.canonical import sha256
 from statsvc.codec import codec
 
 FORMAT = "statsvc/1"
@@ -126,8 +127,13 @@ def moments_arrays(teacher: str, output: str, dim: int) -> dict[str, ArraySpec]:
     }
 
 
+def digest_of_fit(digests: Iterable[str]) -> str:
+    """Over the transforms of one method, in the order of the outputs."""
+    return sha256(*(digest.encode() for digest in digests))
+
+
 def set_name(method: str, fit: str, dtype: str) -> str:
-    """Name of a cache set; fit is the digest over that method's transforms of all outputs."""
+    """Name of a cache set; see digest_of_fit for fit."""
     return f"{method}-{fit[:12]}-{dtype}"
 
 

@@ -16,7 +16,7 @@ from statsvc.normalizations import METHODS as NORMALIZATIONS
 from statsvc.student.fold_heads import fold
 from statsvc.student.recipe import Train
 from statsvc.student.vit import Shape, Student
-from tests.benchmarks import experiment, experiment_teachers
+from tests.benchmarks import experiment, experiment_tables, experiment_teachers
 from tests.benchmarks.experiment import METHODS, Photographs, head_map, order, start_at_the_mean, train_one
 from tests.benchmarks.experiment_tables import PAPER, Runs, ranks, tables, verdict
 from tests.benchmarks.experiment_teachers import SIZES, calibrated, effective_rank, features, photographs
@@ -155,20 +155,28 @@ def test_ranks_count_from_the_smallest() -> None:
     assert ranks(figure_MSE).tolist() == [[[3, 1]], [[1, 2]], [[2, 3]]]
 
 
-def test_the_paper_agrees_with_itself() -> None:
+def test_the_paper_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment_tables, "NORMALIZED", ("PHI-S",))
+    monkeypatch.setattr(experiment_tables, "WHITENING", ("MSE",))
     said = verdict(Runs(runs()))
     assert "dfn-clip +7.2% ± 0.0 (paper +7.2%)" in said
     assert "sam -28.0% ± 0.0 (paper -28.0%)" in said
-    assert "place dfn-clip 1, siglip 1, dinov2 1, sam 3 of 3" in said
-    assert "Against the paper" not in said
+    # First with three teachers, last with one of three methods.
+    assert "**Average rank of the squared error**: PHI-S 1.50, Other 2.00, MSE 2.50." in said
+    assert "of the six**: PHI-S 1.00;" in said
+    # Plain MSE stands for whitening here, which errs less than PHI-S for SAM alone.
+    against = "the best whitening errs less than PHI-S for sam; in Table 3 all err more, for every teacher"
+    assert said.endswith(f"- **Against the paper**: {against}.")
 
 
-def test_what_disagrees_with_the_paper_is_said() -> None:
+def test_what_disagrees_with_the_paper_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment_tables, "NORMALIZED", ("PHI-S",))
+    monkeypatch.setattr(experiment_tables, "WHITENING", ("MSE",))
     turned = runs()
     for run in turned:
         if run["method"] == "PHI-S":
             run["teachers"]["dinov2"]["mse"] = 2.0
-    assert "Against the paper: dinov2" in verdict(Runs(turned))
+    assert "**Against the paper**: dinov2, where the sign of the gain is the other one;" in verdict(Runs(turned))
 
 
 def test_tables_have_a_line_for_every_method_and_say_their_spread() -> None:

@@ -11,9 +11,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from statsvc.arrays import publish
-from statsvc.canonical import sha256
 from statsvc.errors import CannotFit
-from statsvc.layout import fit_path, report_path, transform_path
+from statsvc.layout import digest_of_fit, fit_path, report_path, transform_path
 from statsvc.ledger import seal
 from statsvc.moments import Moments
 from statsvc.normalizations import METHODS, fit
@@ -88,7 +87,7 @@ def of_method(options: dict[str, Any] | None, method: str) -> dict[str, Any]:
 
 
 def fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:
-    """sha256 over a method's digests in the order of the outputs: names a cache set.
+    """That over the current fits of a method: it names a cache set.
 
     Raises CannotFit with the reason where the method was refused for an output.
     """
@@ -98,7 +97,7 @@ def fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:
                 f"{method} was refused for {output}: {methods[method]['refused']}. Choose another normalize; or, with "
                 "more images or other limits in the plan, `statsvc refit PLAN` fits anew"
             )
-    return sha256(*(methods[method].encode() for methods in fits.values()))
+    return digest_of_fit(methods[method] for methods in fits.values())
 
 
 def _about(teacher: Teacher, output: str, moments: Moments[np.ndarray], pilot: Pilot) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from statsvc.canonical import sha256
 from statsvc.errors import NotFound, PlanError
-from statsvc.layout import raw_set_name, set_name
+from statsvc.layout import digest_of_fit, raw_set_name, set_name
 from statsvc.ledger import attributes
 from statsvc.plan import Plan, nearest
 from statsvc.store import Teacher, open_store
@@ -108,7 +107,7 @@ class Cached:
             for output in teacher.outputs:
                 if not isinstance(fits.get(output, {}).get(method), str):
                     teacher.transform(method, output)  # raises, and says why there is none
-            cache_set = set_name(method, sha256(*(methods[method].encode() for methods in fits.values())), dtype)
+            cache_set = set_name(method, digest_of_fit(methods[method] for methods in fits.values()), dtype)
         if cache_set not in teacher.cache_sets():
             raise NotFound(
                 f"teacher {teacher.name} has no targets as the plan has them, {cache_set}; it has "

@@ -56,9 +56,9 @@ from tests.benchmarks.rows import environment
 from workers.demo import write_shard
 
 SEEDS = (0, 1, 2)
-PHOTOGRAPHS, SHARDS = 128, 4  # of a tar, and tars to train on; one more is held out
-SIDE, PATCH, DIM, DEPTH, HEADS = 112, 14, 128, 4, 4
-TRAIN = Train(steps=300, batch_size=16, lr=2e-3, weight_decay=0.02, warmup=30)
+PHOTOGRAPHS, SHARDS = 128, 12  # of a tar, and tars to train on; one more is held out
+SIDE, PATCH, DIM, DEPTH, HEADS = 112, 14, 96, 3, 4
+TRAIN = Train(steps=400, batch_size=16, lr=2e-3, weight_decay=0.02, warmup=40)
 EPS = 1e-15
 PACKAGES = ("statsvc", "numpy", "torch", "transformers")
 
@@ -85,7 +85,7 @@ METHODS = (
     Method("ZCA", Loss(), "zca"),
     Method("HCA", Loss(), "hca"),
     Method("AdaLoss", Loss(balance="ada")),
-    Method("AdaLoss, PHI-S", Loss(balance="ada"), "phi-s"),
+    Method("AdaLoss + PHI-S", Loss(balance="ada"), "phi-s"),
     Method("MSE, heads as they are", Loss(), scaled=False),
 )
 

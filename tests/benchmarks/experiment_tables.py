@@ -5,6 +5,7 @@ Suffixes: M = methods, S = seeds, E = teachers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from tests.benchmarks.rows import Table
 
 Floats = NDArray[np.float64]
 BASE, OURS = "MSE", "PHI-S"
+WHITENING = ("PCA-W", "ZCA", "HCA")
+NORMALIZED = ("Global", "Standardize", "PHI-S", *WHITENING)  # what the paper's Table 5 compares
 # Table 3 of the paper, ViT-B/16: MSE of teachers under plain MSE and under PHI-S.
 PAPER = {
     "dfn-clip": (5.0883e-4, 4.72e-4),
@@ -143,19 +146,33 @@ def verdict(runs: Runs) -> str:
         )
         if gain_S.mean() * (before - after) < 0:
             against.append(f"{teacher}, where the sign of the gain is the other one")
-    rank_MS = ranks(mse_MSE).mean(axis=2)
-    best = [runs.methods[index] for index in rank_MS.mean(axis=1).argsort()]
-    place_E = ranks(range_MSE.mean(axis=1, keepdims=True))[ours, 0]
-    places = ", ".join(f"{teacher} {place:.0f}" for teacher, place in zip(runs.teachers, place_E, strict=True))
-    said = (
-        f"**PHI-S against raw MSE**: the squared error on held-out photographs falls by {'; '.join(gains)}, paired by "
-        f"seed. By average rank {', '.join(best[:4])} come first, in this order; in the paper PHI-S does. By the range "
-        f"of the errors' variance over channels, in the teacher's own space, PHI-S has the place {places} of "
-        f"{len(runs.methods)} (1: smallest)."
-    )
-    if against:
-        said += f" Against the paper: {', '.join(against)}."
-    return said
+    normalized_MSE = runs.of("error_variance", "normalized", "range")
+    best_E = np.array([mse_MSE[runs.methods.index(name)].mean(axis=0) for name in WHITENING]).min(axis=0)
+    better_E = best_E < mse_MSE[ours].mean(axis=0)
+    if better_E.any():
+        names = ", ".join(name for name, better in zip(runs.teachers, better_E, strict=True) if better)
+        against.append(
+            f"the best whitening errs less than PHI-S for {names}; in Table 3 all err more, for every teacher"
+        )
+    said = {
+        "PHI-S against raw MSE, squared error on held-out photographs, paired by seed": "falls by " + "; ".join(gains),
+        "Average rank of the squared error": ordered(runs, mse_MSE, runs.methods),
+        "Average rank of the range of the errors' variance over channels, in the teacher's own space": (
+            f"{ordered(runs, range_MSE, runs.methods)}. Of raw MSE and the six normalizations alone: "
+            f"{ordered(runs, range_MSE, (BASE, *NORMALIZED))}"
+        ),
+        "The same in the normalized space, of the six": (
+            f"{ordered(runs, normalized_MSE, NORMALIZED)}; in Table 5 HCA and PHI-S have the smallest"
+        ),
+        "Against the paper": "; ".join(against) or "nothing of this",
+    }
+    return "\n".join(f"- **{what}**: {text}." for what, text in said.items())
+
+
+def ordered(runs: Runs, figure_MSE: Floats, methods: Sequence[str]) -> str:
+    """These methods by their average rank among themselves, the smallest first."""
+    rank_M = ranks(figure_MSE[[runs.methods.index(name) for name in methods]]).mean(axis=(1, 2))
+    return ", ".join(f"{methods[index]} {rank_M[index]:.2f}" for index in rank_M.argsort(kind="stable"))
 
 
 def spread(figure_S: Floats) -> str:
