@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from statsvc.errors import AbsentRow, DamagedObject, NotFound, PlanError, ShardChanged
+from statsvc.errors import AbsentRow, DamagedObject, NotFound, PlanError, ShardChanged, UnreadableShard
 from statsvc.layout import key_hash
 from statsvc.plan import Data, Targets
 from statsvc.store import open_store
 from statsvc.student import TargetDataset, decode
-from statsvc.student.dataset import BUFFERS
 from tests.conftest import PRESENT, ROWS_PER_SHARD, Finished, by_row, plan_for
 from tests.http_stub import stub
 from tests.service import Running
@@ -224,13 +224,6 @@ def test_raw_features_are_normalized_by_the_method_that_is_asked_for(finished: F
         TargetDataset(raw.path, teachers=["dino"], cache_sets={"dino": int8}, method="zca")
 
 
-def test_a_buffer_is_used_again_so_many_batches_later(three: Path) -> None:
-    dataset = TargetDataset(three, teachers=["four"], batch_size=1, reuse_buffers=True)
-    places = [batch["targets"]["four"]["patches"].data_ptr() for batch in dataset]
-    assert len(set(places)) == BUFFERS
-    assert places == [places[step % BUFFERS] for step in range(len(places))]
-
-
 class TestOtherDataset:
     """Images that are not those which the teachers saw are never handed out."""
 
@@ -277,7 +270,7 @@ class TestOtherDataset:
         content = replaced.read_bytes()
         replaced.unlink()
         replaced.write_bytes(content)
-        with pytest.raises(ShardChanged, match="was replaced while it was read"):
+        with pytest.raises(ShardChanged, match="was replaced or removed while it was read"):
             next(batches)
 
     def test_a_dataset_shard_that_is_named_nowhere_is_missed_at_once(self, finished: Finished) -> None:
@@ -351,6 +344,16 @@ def test_damaged_targets_are_not_handed_out(finished: Finished) -> None:
         ({"cache_sets": {"dina": "x"}}, NotFound, "cache_sets names dina"),
         ({"space": "raw"}, PlanError, "space 'raw' is neither"),
         ({"missing": "ignore"}, PlanError, "missing 'ignore' is none of"),
+        ({"batch_size": 4.0}, PlanError, "batch_size must be a whole number, not 4.0"),
+        ({"seed": "a"}, PlanError, "seed must be a whole number, not 'a'"),
+        ({"window": 0}, PlanError, "window must be at least 1, not 0"),
+        ({"only": 3}, PlanError, "only=3: give the numbers of dataset shards as a list"),
+        ({"cache_sets": "x"}, PlanError, "cache_sets='x': give a mapping"),
+        ({"outputs": []}, NotFound, r"outputs=... names none; teacher dino has patches"),
+        ({"image_size": 24.0}, PlanError, "image_size must be a whole number"),
+        ({"image_size": 24, "image_mean": (0.5, 0.5)}, PlanError, r"image_mean=\(0.5, 0.5\): give three numbers"),
+        ({"image_size": 24, "image_std": (1, 0, 1)}, PlanError, "give three positive numbers"),
+        ({"image_size": 24, "shards": {"shards": "x"}}, PlanError, "give patterns as data.shards of a plan"),
         ({"rank": 1}, PlanError, "rank 1, world_size None: give both"),
         ({"only": [0, 7]}, NotFound, r"only=... names the dataset shards \[7\]; the store has 3 of them, 0 to 2"),
         ({"image_size": 24, "image_mean": None}, PlanError, "given both, or both None"),
@@ -363,6 +366,41 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(kind, match=message):
         TargetDataset(finished_once.path, **options)
+
+
+def test_what_is_read_stays_the_same_while_the_store_grows(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = TargetDataset(finished.path, batch_size=4)
+    before = list(dataset)
+    teachers = {**finished.plan.teachers, "third": finished.plan.teachers["dino"]}
+    update = {"normalize": "standardize", "teachers": teachers}
+    assert Finished(finished.folder, finished.plan.model_copy(update=update)).run() == 0
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a worker, which opens the store anew
+    assert all(map(same, dataset, before))
+    with pytest.raises(NotFound, match="choose one with cache_set="):
+        TargetDataset(finished.path)
+
+
+def test_an_image_of_a_folder_that_is_replaced_or_removed_is_not_handed_out(
+    finished: Finished, dinov2: Path, tmp_path: Path
+) -> None:
+    for name, content in photographs("f0", "f1", "f2", "f3"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(content)
+    plan = plan_for(finished.folder, dinov2, data={"shards": str(tmp_path / "images")}, store=str(tmp_path / "folder"))
+    assert Finished(finished.folder, plan).run() == 0
+    dataset = TargetDataset(plan.store, image_size=24, batch_size=2, shuffle=False)
+    assert sorted(key for batch in dataset for key in batch["keys"]) == ["f0", "f1", "f2", "f3"]
+    image = tmp_path / "images" / "f1.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    with pytest.raises(ShardChanged, match=r"f1.jpg was replaced or removed while it was read"):
+        list(dataset)
+    image.write_bytes(content)
+    with pytest.raises(ShardChanged, match=r"f1.jpg was replaced or removed while it was read"):
+        list(dataset)
+    image.unlink()
+    with pytest.raises((ShardChanged, UnreadableShard)):
+        list(TargetDataset(plan.store, image_size=24, batch_size=2))
 
 
 def test_the_section_of_a_plan_says_where_images_lie(finished_once: Finished) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -105,7 +107,9 @@ def test_each_row_comes_once_whatever_the_ranks_and_workers_and_wherever_it_is_b
             taken.update(batch["rows"][~batch["padding"]].tolist())
         stop = data.draw(st.integers(0, len(whole)), "stop")
         resumed = make(tmp_path / "store", rank=rank, **options)
-        resumed.load_state_dict(dataset.state_dict(whole[stop - 1]) if stop else {**dataset.state_dict(), "step": 0})
+        resumed.load_state_dict({**resumed.state_dict(), "epoch": epoch})
+        if stop:
+            resumed.load_state_dict(dataset.state_dict(whole[stop - 1]))
         rest = copied(loader(resumed, data.draw(st.integers(0, 3), "workers after it")))
         assert all_same(rest, whole[stop:])
     assert set(taken.values()) == {1}
@@ -153,6 +157,22 @@ def test_the_state_of_another_order_is_refused_with_what_differs(location: Path,
         make(location, **changed).load_state_dict(state)
 
 
+def test_a_seed_is_the_same_number_in_every_type_and_a_state_must_be_one(location: Path) -> None:
+    state = make(location, seed=1).state_dict()
+    as_numpy = make(location, seed=np.int64(1))
+    as_numpy.load_state_dict(state)
+    assert all_same(copied(iter(as_numpy)), copied(iter(make(location, seed=1))))
+    for wrong, message in (
+        ({**state, "step": 9999}, "after 9999 batches of an epoch, which has 6"),
+        ({**state, "step": None}, "step must be a whole number, not None"),
+        (None, "a state is what state_dict"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            make(location, seed=1).load_state_dict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"epoch must be a whole number, not 1\.5"):
+        as_numpy.set_epoch(1.5)  # type: ignore[arg-type]
+
+
 def test_persistent_workers_are_told_of_each_epoch(location: Path) -> None:
     dataset = make(location)
     batches = loader(dataset, 2, persistent_workers=True)
@@ -171,17 +191,51 @@ def test_workers_hand_batches_over_in_one_piece_of_shared_memory(location: Path,
         assert len({array.untyped_storage().data_ptr() for array in arrays}) == 1
 
 
-def test_a_reused_buffer_stays_mapped_and_a_batch_is_good_until_the_one_after_the_next(location: Path) -> None:
+@pytest.mark.parametrize(("workers", "prefetch_factor"), [(0, None), (1, 2), (1, 8), (2, 5)])
+def test_a_reused_buffer_is_never_overwritten_while_anything_refers_to_it(
+    location: Path, workers: int, prefetch_factor: int | None
+) -> None:
     dataset = make(location, batch_size=1, reuse_buffers=True)
     plain = copied(iter(make(location, batch_size=1)))
-    before: Batch | None = None
-    places = []
-    for step, batch in enumerate(loader(dataset, 1, prefetch_factor=2)):
+    kept: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=6)
+    options = {"prefetch_factor": prefetch_factor} if workers else {}
+    for step, batch in enumerate(loader(dataset, workers, **options)):
+        time.sleep(0.02)  # workers are ahead
         assert same(batch, plain[step])
-        assert before is None or same(before, plain[step - 1])
-        before = batch
-        places.append(batch["rows"].untyped_storage().data_ptr())
-    assert len(set(places)) == 4
+        # Of some batches only a view of one array is kept, for a while.
+        kept.append((batch["targets"]["wide"]["patches"][:, 1:, ::2], plain[step]["targets"]["wide"]["patches"]))
+        assert all(torch.equal(view, whole[:, 1:, ::2]) for view, whole in kept)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_buffers_are_used_again_and_stay_mapped(location: Path, workers: int) -> None:
+    dataset, places = make(location, batch_size=1, reuse_buffers=True), set()
+    for batch in loader(dataset, workers):
+        time.sleep(0.02)
+        places.add(batch["rows"].untyped_storage().data_ptr())
+    assert len(dataset) > 20
+    assert 4 <= len(places) <= 6  # in turn; with a worker, those that wait to be taken
+
+
+def test_persistent_workers_that_begin_late_go_on_once_too(location: Path) -> None:
+    dataset = make(location, batch_size=1)
+    whole = copied(iter(make(location, batch_size=1)))
+    batches = loader(dataset, 2, persistent_workers=True, worker_init_fn=_second_is_late)
+    dataset.load_state_dict({**dataset.state_dict(), "step": 7})
+    assert same(next(iter(batches)), whole[7])  # and the loop is left
+    assert all_same(copied(batches), whole)
+
+
+def _second_is_late(worker: int) -> None:
+    time.sleep(worker)
+
+
+def test_only_workers_know_how_far_they_are_so_the_batch_must_be_given(location: Path) -> None:
+    dataset = make(location)
+    batch = next(iter(loader(dataset, 1)))
+    with pytest.raises(PlanError, match=r"say which one was used last, state_dict\(batch\)"):
+        dataset.state_dict()
+    assert dataset.state_dict(batch)["step"] == 1
 
 
 @pytest.mark.gpu

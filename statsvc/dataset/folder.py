@@ -107,18 +107,13 @@ def _stays_inside(link: os.DirEntry[str], root: str) -> bool:
     return link.is_file() and os.path.realpath(link.path).startswith(f"{root.rstrip('/')}/")
 
 
-def read_file_at(shard: FolderShard, begin: int, nbytes: int) -> bytes:
-    """A whole file, by where its content lies in the tar that the files would make. Raises OSError, UnreadableShard."""
+def files_of(shard: FolderShard) -> Iterator[tuple[tuple[int, int], Path]]:
+    """Each file, by where its content begins in the tar that the files would make, and its bytes."""
     position = 0
     for name, size in shard.files:
         position += _header_nbytes(name)
-        if (position, size) == (begin, nbytes):
-            content = Path(shard.folder, name).read_bytes()
-            if len(content) != size:
-                raise _changed(name, size, len(content))
-            return content
+        yield (position, size), Path(shard.folder, name)
         position += size + -size % BLOCK
-    raise UnreadableShard(f"{shard}: no file begins at byte {begin}; leave the folder alone while it is read")
 
 
 def _changed(name: str, size: int, found: int) -> UnreadableShard:

@@ -1,7 +1,9 @@
-"""Where batches are put together: fresh memory, a ring of reused buffers, or memory shared with the training process.
+"""Where batches are put together: fresh memory or buffers that are used again, in shared memory or not.
 
 A DataLoader worker hands its batch over by sending where it lies: one piece of shared memory for the whole batch, into
 which rows were read in the first place. Nothing is copied on the way.
+
+A buffer is used again when nothing in the training process refers to the batch's arrays, or to views of them, any more.
 
 Suffix: X = bytes of a batch.
 """
@@ -9,6 +11,8 @@ Suffix: X = bytes of a batch.
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,26 +26,45 @@ ALIGNMENT = 4096  # of every array of a batch: what a device copies fastest
 
 
 class Slab:
-    """One piece of memory for all arrays of a batch, taken in order."""
+    """One piece of memory for all arrays of a batch, taken in order; its last byte tells whether they are in use."""
 
-    def __init__(self, nbytes: int, memory_X: torch.Tensor) -> None:
+    def __init__(self, memory_X: torch.Tensor) -> None:
         self.memory_X, self._taken = memory_X, 0
-        self.nbytes = nbytes
 
     @staticmethod
     def size(arrays: list[tuple[Shape, torch.dtype]]) -> int:
         """Bytes that these arrays take."""
         return sum(_room(shape, dtype) for shape, dtype in arrays)
 
+    @property
+    def in_use(self) -> bool:
+        return bool(self.memory_X[-1])
+
     def take(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """The next array, uninitialized."""
         begin, self._taken = self._taken, self._taken + _room(shape, dtype)
         return _array(self.memory_X, begin, shape, dtype)
 
-    def rewind(self) -> Slab:
-        """Take from the beginning again."""
-        self._taken = 0
+    def begin(self) -> Slab:
+        """Take from the beginning, for a batch that will be in use."""
+        self.memory_X[-1], self._taken = 1, 0
         return self
+
+
+def lend(content: dict[str, Any], memory_X: torch.Tensor) -> dict[str, Any]:
+    """Mark the slab as free once all arrays in `content` that lie in it are gone."""
+    arrays = [array for array in _arrays(content) if _lies_in(array, memory_X)]
+    left = len(arrays)
+
+    def gone() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            memory_X[-1] = 0
+
+    for array in arrays:
+        weakref.finalize(array, gone).atexit = False
+    return content
 
 
 class Ring(NamedTuple):
@@ -67,13 +90,12 @@ class Batch(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
         memory_X = self.slab.memory_X
-        begin, end = memory_X.data_ptr(), memory_X.data_ptr() + memory_X.numel()
 
         def located(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: located(each) for name, each in value.items()}
-            if isinstance(value, torch.Tensor) and begin <= value.data_ptr() < end and value.is_contiguous():
-                return _Located(value.data_ptr() - begin, tuple(value.shape), value.dtype)
+            if isinstance(value, torch.Tensor) and _lies_in(value, memory_X):
+                return _Located(value.data_ptr() - memory_X.data_ptr(), tuple(value.shape), value.dtype)
             return value
 
         return _rebuilt, (located(dict(self)), memory_X, self.ring)
@@ -118,26 +140,32 @@ def _rebuilt(content: dict[str, Any], memory_X: torch.Tensor, ring: Ring | None)
         return value
 
     result: dict[str, Any] = found(content)
-    return result
+    return result if ring is None else lend(result, memory_X)
 
 
 def slabs(nbytes: int, reuse: int) -> Iterator[Slab]:
-    """Slabs without end: `reuse` of them in turn, or a new one each time where that is 0.
+    """Slabs without end: new ones where `reuse` is 0, else at least so many that are used in turn.
 
-    In a DataLoader worker they lie in shared memory; else, those that are reused are pinned where there is a CUDA
+    In turn, because a copy to a device may still run when its batch is dropped. There are more of them when all are in
+    use. In a DataLoader worker they lie in shared memory; else, those that are reused are pinned where there is a CUDA
     device. Raises PlanError where there is no memory for them.
     """
-    try:
-        ring = [Slab(nbytes, _memory(nbytes, reused=True)) for _ in range(reuse)]
-    except RuntimeError as error:
-        raise PlanError(
-            f"no memory for {reuse} buffers of {nbytes} bytes ({error}); in a container give it more shared memory "
-            "(docker run --shm-size), or take smaller batches"
-        ) from error
-    turn = 0
+    ring: deque[Slab] = deque()
     while True:
-        yield ring[turn % reuse].rewind() if reuse else Slab(nbytes, _memory(nbytes, reused=False))
-        turn += 1
+        free = None if len(ring) < reuse else next((slab for slab in ring if not slab.in_use), None)
+        if free is None:
+            try:
+                free = Slab(_memory(nbytes + 1, reused=reuse > 0))
+            except RuntimeError as error:
+                raise PlanError(
+                    f"no memory for another batch of {nbytes} bytes ({error}); in a container give it more shared "
+                    "memory (docker run --shm-size), or take smaller batches"
+                ) from error
+        else:
+            ring.remove(free)
+        if reuse:
+            ring.append(free)
+        yield free.begin()
 
 
 def _memory(nbytes: int, *, reused: bool) -> torch.Tensor:
@@ -153,5 +181,19 @@ def _room(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _array(memory_X: torch.Tensor, begin: int, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-    nbytes = math.prod(shape) * dtype.itemsize
-    return memory_X[begin : begin + nbytes].view(dtype).view(shape)
+    # Not a view of the slab: views that others take of it then keep this array alive, and with it the slab in use.
+    strides = torch.empty(shape, dtype=dtype, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(memory_X.untyped_storage(), begin // dtype.itemsize, shape, strides)
+
+
+def _arrays(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _arrays(each)
+
+
+def _lies_in(array: torch.Tensor, memory_X: torch.Tensor) -> bool:
+    begin = memory_X.data_ptr()
+    return begin <= array.data_ptr() < begin + memory_X.numel() and array.is_contiguous()

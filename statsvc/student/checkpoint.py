@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ class Folder:
 
     def __init__(self, path: str, identity: dict[str, Any]) -> None:
         self.path, self._identity = Path(path).expanduser(), identity
+        existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            what = "cannot be written" if existing.is_dir() else "is a file"
+            raise PlanError(f"out: {str(existing)!r} {what}; name a folder that this user may write to")
         self._files = LocalBackend(path)
 
     @property

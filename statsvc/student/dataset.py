@@ -11,6 +11,7 @@ Suffixes: B = rows of a batch, T = tokens, k = channels of a target, S = side of
 
 from __future__ import annotations
 
+import operator
 import os
 import uuid
 import weakref
@@ -27,13 +28,13 @@ from statsvc.errors import PlanError
 from statsvc.ledger import attributes
 from statsvc.plan import Data
 from statsvc.store import Store
-from statsvc.student.buffers import Batch, Ring, forget, slabs
+from statsvc.student.buffers import Batch, Ring, forget, lend, slabs
 from statsvc.student.census import Missing, take_census
 from statsvc.student.images import Images, Pixels, Triple
 from statsvc.student.location import Location, recorded_data
 from statsvc.student.order import EpochOrder, Order, Tail
 from statsvc.student.position import Position
-from statsvc.student.reader import Choice, Reader, Wish
+from statsvc.student.reader import Chosen, Reader, Wish, choose_targets
 from statsvc.targets import Targets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,8 +61,8 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
     tail          'pad' repeats rows until all ranks have as many, 'drop' gives full batches only
     decode        False: codes and scales, or values, as they are stored, to be decoded on the device
     missing       a row that a teacher has no target of is an 'error', 'skip' leaves it out, 'mask' keeps it
-    reuse_buffers a batch lies in memory that is used again BUFFERS batches later, counted for each DataLoader worker:
-                  with prefetch_factor=2, take at most one more before this one is done with. Pinned where there is CUDA
+    reuse_buffers a batch lies in memory that is used again once nothing refers to its arrays any more, and BUFFERS
+                  batches later at the earliest. Pinned where there is CUDA
     only          numbers of the dataset shards to use; None: all
     cache, cache_nbytes
                   folder and limit of the copies of remote shards; None: a folder of the user's cache
@@ -108,20 +109,30 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         super().__init__()
         if space not in ("normalized", "teacher"):
             raise PlanError(f"space {space!r} is neither 'normalized' nor 'teacher'")
-        self._location = Location(str(store), token, cache, cache_nbytes)
-        self._choice = Choice(_names(teachers), _names(outputs), dict(cache_sets or {}), method)
+        rank, world_size = _rank(rank, world_size)
+        numbers = {
+            "batch_size": whole_number("batch_size", batch_size, 1),
+            "window": whole_number("window", window, 1),
+            "seed": whole_number("seed", seed),
+            "rank": whole_number("rank", rank, 0),
+            "world_size": whole_number("world_size", world_size, 1),
+        }
+        wanted = None if only is None else _shard_numbers(only)
+        self._location = Location(str(store), token, cache, whole_number("cache_nbytes", cache_nbytes, 1))
         self._wish = Wish(space if decode else None, missing == "mask")
         self._pixels: Pixels | None = None
         if image_size is not None:
-            self._pixels = Pixels(Resize(image_size, image_interpolation), image_mean, image_std)
+            resize = Resize(whole_number("image_size", image_size, 1), image_interpolation)
+            self._pixels = Pixels(resize, image_mean, image_std)
         self._buffers = BUFFERS if reuse_buffers else 0
         self._id, self._position = uuid.uuid4().hex, Position()
         opened = self._location.open()
-        targets = self._choice.targets(opened)
+        targets = choose_targets(opened, _names(teachers), _names(outputs), cache_sets or {}, method)
+        # The store may grow; what is read stays what it was, also in workers that open it later.
+        self._chosen = Chosen.of(targets, method)
         self._data = _data(opened, shards) if self._pixels else None
-        self._census = take_census(opened, targets, missing, only)
-        rank, world_size = _rank(rank, world_size)
-        self._order = Order(self._census.count_S, batch_size, window, seed, shuffle, rank, world_size, tail)
+        self._census = take_census(opened, targets, missing, wanted)
+        self._order = Order(self._census.count_S, **numbers, shuffle=bool(shuffle), tail=tail)
         self._identity = {
             "dataset_shards": sha256(canonical_json(self._census.shards), self._census.count_S)[:16],
             **{name: getattr(self._order, name) for name in OF_ORDER},
@@ -158,15 +169,19 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
 
         After load_state_dict, its own epoch goes on where it was.
         """
-        self._position.set_epoch(epoch)
+        self._position.set_epoch(whole_number("epoch", epoch, 0))
 
     def state_dict(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Where training stands, for every rank alike: after the batch that this object gave last, or after `batch`.
 
-        With DataLoader workers, which give batches ahead of time, only `batch` tells what was used.
+        With DataLoader workers, which give batches ahead of time, only `batch` tells what was used. Raises PlanError
+        without it.
         """
-        epoch, step = self._position.next
-        if batch is not None:
+        if batch is None:
+            epoch, step = self._position.next
+        elif not isinstance(batch, Mapping) or not {"epoch", "step"} <= set(batch):
+            raise PlanError("state_dict takes a batch as this dataset gave it, with its epoch and step")
+        else:
             epoch, step = batch["epoch"], batch["step"] + 1
         return {"epoch": epoch, "step": step, **self._identity}
 
@@ -175,13 +190,18 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
 
         Raises PlanError where the order of rows is another one now.
         """
+        if not isinstance(state, Mapping):
+            raise PlanError(f"a state is what state_dict() gave, not {type(state).__name__}")
         if differing := [name for name, value in self._identity.items() if state.get(name) != value]:
             values = "; ".join(f"{n} was {state.get(n)!r} and is {self._identity[n]!r}" for n in differing)
             raise PlanError(
                 f"the state is of a dataset that gives other batches: {values}. Use those settings and that store, or "
                 "begin an epoch anew with set_epoch"
             )
-        self._position.resume(state["epoch"], state["step"])
+        epoch, step = (whole_number(name, state.get(name), 0) for name in ("epoch", "step"))
+        if step > len(self):
+            raise PlanError(f"the state is after {step} batches of an epoch, which has {len(self)}")
+        self._position.resume(epoch, step)
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -190,7 +210,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch, step = self._position.begin(worker, workers)
+        epoch, step = self._position.begin(worker)
         return self._batches(self._order.epoch(epoch), epoch, step, worker, workers)
 
     def _batches(
@@ -205,13 +225,18 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             slab = next(memory)
             batch = {**reader.read(order.batch(step), slab), "epoch": epoch, "step": step}
             self._position.passed(epoch, step + workers)
-            yield batch if get_worker_info() is None else Batch(batch, slab, ring)
+            if get_worker_info() is not None:
+                batch = Batch(batch, slab, ring)
+            elif self._buffers:
+                lend(batch, slab.memory_X)
+            yield batch
+            del batch  # or it would be in use while the next one is put together
 
     def _opened(self) -> Reader:
         """What this process reads with: connections, threads and files do not pass a fork."""
         if self._reader is None or self._reader[0] != os.getpid():
-            opened = self._location.open()
-            self._reader = os.getpid(), self._read_with(opened, self._choice.targets(opened))
+            opened = self._location.open(known=True)
+            self._reader = os.getpid(), self._read_with(opened, self._chosen.targets(opened))
         return self._reader[1]
 
     def _read_with(self, store: Store, targets: dict[str, dict[str, Targets]]) -> Reader:
@@ -229,12 +254,31 @@ def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     return (names,) if isinstance(names, str) else None if names is None else tuple(names)
 
 
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """An int, also of numpy; raises PlanError for anything else, and for less than `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise PlanError(f"{name} must be a whole number, not {value!r}") from error
+    if least is not None and number < least:
+        raise PlanError(f"{name} must be at least {least}, not {number}")
+    return number
+
+
+def _shard_numbers(only: Iterable[int]) -> list[int]:
+    if not isinstance(only, Iterable) or isinstance(only, str):
+        raise PlanError(f"only={only!r}: give the numbers of dataset shards as a list")
+    return [whole_number("a dataset shard in only=...", number, 0) for number in only]
+
+
 def _data(store: Store, shards: str | Sequence[str] | Data | None) -> Data:
     """Where the dataset's tars lie. Which files in them are the images is as the store has it."""
     if isinstance(shards, Data):
         return shards
     if shards is None:
         return recorded_data(store)
+    if isinstance(shards, Mapping) or not all(isinstance(pattern, str) for pattern in shards):
+        raise PlanError(f"shards={shards!r}: give patterns as data.shards of a plan, such as 'photos/*.tar'")
     return Data(shards=_names(shards) or (), images=tuple(attributes(store.backend, "", "images")["images"]))
 
 

@@ -19,7 +19,7 @@ from statsvc.plan import Plan
 from statsvc.progress import Display
 from statsvc.student.cached import Cached
 from statsvc.student.checkpoint import REPORT, STUDENT, Folder, flat
-from statsvc.student.dataset import IMAGENET_MEAN, IMAGENET_STD
+from statsvc.student.dataset import IMAGENET_MEAN, IMAGENET_STD, TargetDataset
 from statsvc.student.evaluate import match
 from statsvc.student.fold_heads import check_fold, fold
 from statsvc.student.processes import Processes, processes
@@ -54,11 +54,17 @@ def distill(plan: Plan, recipe: Recipe, show: Display) -> int:
         if state is not None and folder.is_finished:
             show.line(f"nothing to do: {folder.path} holds the student of this recipe, and its report")
             return 0
+        if state is not None:
+            cached.train, cached.held_out = state["train"], state["held_out"]  # the store may have grown since
         torch.manual_seed(recipe.train.seed)
         model = recipe.model.model_dump()
         student = Student(Shape(**model, outputs=cached.outputs, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+        _check_rows(recipe, cached)
         dataset = cached.dataset(
             cached.train, batch_size=rows // group.world_size, seed=recipe.train.seed, tail="drop"
+        )  # fmt: skip
+        held_out = cached.dataset(
+            cached.held_out, batch_size=rows // group.world_size, space="teacher", shuffle=False
         )  # fmt: skip
         training = Training(recipe, student.to(group.device), dataset, cached, group)
         _introduce(training, cached, group, show)
@@ -69,7 +75,7 @@ def distill(plan: Plan, recipe: Recipe, show: Display) -> int:
         if group.is_first:
             folder.sweep()
         _train(training, recipe, folder, group, show)
-        _finish(student.eval(), recipe, cached, folder, group, show)
+        _finish(student.eval(), recipe, cached, held_out, folder, group, show)
     return 0
 
 
@@ -77,6 +83,15 @@ def identity(recipe: Recipe, cached: Cached, group: Processes) -> dict[str, Any]
     """What decides the numbers of a student, by name."""
     settings = {name: value for name, value in flat(recipe.model_dump(mode="json")).items() if name not in FREE}
     return {**settings, **flat({"transforms": cached.digests}), "processes": group.world_size}
+
+
+def _check_rows(recipe: Recipe, cached: Cached) -> None:
+    rows = cached.dataset(cached.train, batch_size=1).counts()["rows"]
+    if rows < recipe.train.batch_size:
+        raise PlanError(
+            f"train.batch_size: {recipe.train.batch_size} rows, and the {len(cached.train)} dataset shards to train on "
+            f"have {rows}; choose fewer"
+        )
 
 
 def _introduce(training: Training, cached: Cached, group: Processes, show: Display) -> None:
@@ -110,12 +125,12 @@ def _train(training: Training, recipe: Recipe, folder: Folder, group: Processes,
                 raise Interrupted(f"interrupted after step {training.done}, which is kept: the same command goes on")
 
 
-def _finish(student: Student, recipe: Recipe, cached: Cached, folder: Folder, group: Processes, show: Display) -> None:
+def _finish(
+    student: Student, recipe: Recipe, cached: Cached, dataset: TargetDataset, folder: Folder, group: Processes,
+    show: Display,
+) -> None:  # fmt: skip
     """Fold, measure, write; the report last."""
     folded = fold(student, cached.transforms)
-    dataset = cached.dataset(
-        cached.held_out, batch_size=recipe.train.batch_size // group.world_size, space="teacher", shuffle=False
-    )
     check_fold(student, folded, cached.transforms, next(iter(dataset))["image"].to(group.device))
     with show.phase("measure", len(dataset), "batches") as bar:
         found = match(folded, dataset, cached, group, bar)
@@ -128,6 +143,10 @@ def _finish(student: Student, recipe: Recipe, cached: Cached, folder: Folder, gr
                 "dataset_shards": cached.held_out,
                 "rows": dataset.counts()["rows"],
                 "held_out": cached.train != cached.held_out,
+            },
+            "channels": {
+                name: {output: {"kept": t.rank, "of": len(t.mean)} for output, t in each.items()}
+                for name, each in cached.transforms.items()
             },
             "teachers": found,
         }

@@ -36,11 +36,20 @@ def fold_inverse(module: Layer, transform: Transform, replicas: int = 1, order: 
     """
     if order not in ("replica-major", "channel-major") or replicas < 1:
         raise PlanError(f"replicas is 1 or more, order replica-major or channel-major; got {replicas} and {order!r}")
+    if not isinstance(transform, Transform):
+        raise TransformError(
+            f"fold_inverse takes a Transform, such as targets.transform; got {type(transform).__name__}"
+        )
     # Not isinstance: a subclass may compute something else from its weight, or its weight from something else.
     if type(module) not in (nn.Linear, nn.Conv2d) or "weight" not in dict(module.named_parameters(recurse=False)):
         raise TransformError(
             f"an inverse folds into nn.Linear and nn.Conv2d with a weight of their own; got {type(module).__name__}: "
             "remove parametrizations and merge adapters first, or put Denormalize behind it"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise TransformError(
+            f"{type(module).__name__} has hooks or a forward of its own, which may change its outputs: remove them "
+            "first, or put Denormalize behind it"
         )
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         raise TransformError(

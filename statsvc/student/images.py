@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from statsvc.dataset.decode import Resize, Undecodable, decode, render
 from statsvc.dataset.expand import expand
-from statsvc.dataset.folder import FolderShard, read_file_at
+from statsvc.dataset.folder import FolderShard, files_of
 from statsvc.dataset.shards import ShardReader
 from statsvc.dataset.source import Location, show_location
 from statsvc.dataset.urls import is_url
@@ -29,34 +31,27 @@ from statsvc.views import View
 Span = tuple[int, int]
 Triple = tuple[float, float, float]
 Fetch = Callable[[str, int, str], memoryview]  # by URL, bytes and checksum of a tar
-KEPT_SHARDS = 64  # whose keys and places are kept in memory; the others are read through again
+KEPT_SAMPLES = 400_000  # whose keys and places are kept in memory; other dataset shards are read through again
+State = tuple[int, int, int]  # inode, bytes and time of the last change of a file
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedShard:
     """Where each sample's image lies in a dataset shard that holds what the store's index says.
 
-    state  of the file when it was read: inode, bytes and time of its last change
+    read  gives the bytes of a span of the tar
     """
 
-    location: Path | FolderShard | memoryview
     keys: list[str]
     spans: list[Span | None]
-    state: tuple[int, int, int] | None
+    read: Callable[[Span], bytes]
 
     def image(self, position: int) -> bytes:
         """The encoded image of a sample. Raises ShardChanged where the file is no longer the one that was read."""
         span = self.spans[position]
         if span is None:
             raise ShardChanged(f"{self.keys[position]!r} has no image that can be used, and had one for the teachers")
-        if isinstance(self.location, FolderShard):
-            return read_file_at(self.location, *span)
-        if isinstance(self.location, memoryview):
-            return bytes(self.location[span[0] : span[0] + span[1]])
-        with self.location.open("rb", buffering=0) as file:
-            if _state(file.fileno()) != self.state:
-                raise ShardChanged(f"{self.location} was replaced while it was read; leave it alone and run again")
-            return os.pread(file.fileno(), span[1], span[0])
+        return self.read(span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +68,10 @@ class Pixels:
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
             raise PlanError("image_mean and image_std are given both, or both None for uint8")
+        for name, values in (("image_mean", self.mean), ("image_std", self.std)):
+            if values is not None and not _is_triple(values, positive=name == "image_std"):
+                rule = "three positive numbers" if name == "image_std" else "three numbers"
+                raise PlanError(f"{name}={values!r}: give {rule}, for red, green and blue in [0, 1]")
 
     def shape(self, rows: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of so many images."""
@@ -134,26 +133,34 @@ class Images:
     def indexed(self, shard: int) -> IndexedShard:
         """A dataset shard, read through once. Raises ShardChanged unless it is the one that was indexed."""
         if shard not in self._indexed:
-            if len(self._indexed) >= KEPT_SHARDS:
-                del self._indexed[next(iter(self._indexed))]
             self._indexed[shard] = self._read_through(shard)
-        return self._indexed[shard]
+            while len(self._indexed) > 1 and sum(len(kept.keys) for kept in self._indexed.values()) > KEPT_SAMPLES:
+                del self._indexed[next(iter(self._indexed))]
+        found = self._indexed.pop(shard)
+        self._indexed[shard] = found  # the last to go
+        return found
 
     def _read_through(self, shard: int) -> IndexedShard:
         commit = self._store.ledger.read("index", shard)
         if commit is None or commit.name is None:
             raise NotFound(f"dataset shard {shard} is not indexed")
         named = self._locations[commit.name]
-        location: Path | FolderShard | memoryview
-        state = None
-        if isinstance(named, FolderShard):
-            location = named
-        elif is_url(str(named)):
-            location = self._fetch(str(named), commit.size or 0, commit.etag or "")
-        else:
-            location = Path(str(named))
-            with location.open("rb") as file:
-                state = _state(file.fileno())
+        location: Location = named
+        read: Callable[[Span], bytes]
+        try:
+            if isinstance(named, FolderShard):
+                read = partial(_of_folder, {span: (path, _state(path)) for span, path in files_of(named)})
+            elif is_url(str(named)):
+                location = self._fetch(str(named), commit.size or 0, commit.etag or "")
+                read = partial(_of_copy, location)
+            else:
+                path = Path(str(named))
+                read = partial(_of_file, path, _state(path))
+        except FileNotFoundError as error:
+            raise ShardChanged(
+                f"dataset shard {shard} ({commit.name}) is gone: there is no {error.filename}; restore it, or say "
+                "where it lies now with shards=..."
+            ) from error
         reader = ShardReader(location, self._extensions, keep_images=False)
         keys, spans = [], []
         for sample in reader:
@@ -166,7 +173,7 @@ class Images:
                 f"and other bytes: {reader.summary.size} with {reader.summary.etag}, then {commit.size} with "
                 f"{commit.etag}; use the dataset that the teachers saw"
             )
-        return IndexedShard(location, keys, spans, state)
+        return IndexedShard(keys, spans, read)
 
     def _check_keys(self, shard: int, keys: list[str]) -> None:
         """Raises ShardChanged at the first sample that is not the one the teachers saw there."""
@@ -202,6 +209,32 @@ class Images:
         return (commit.name if commit else None) or str(shard)
 
 
-def _state(descriptor: int) -> tuple[int, int, int]:
-    found = os.fstat(descriptor)
+def _is_triple(values: Any, *, positive: bool) -> bool:
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return found.shape == (3,) and bool(np.isfinite(found).all() and (not positive or (found > 0).all()))
+
+
+def _of_copy(tar: memoryview, span: Span) -> bytes:
+    return bytes(tar[span[0] : span[0] + span[1]])
+
+
+def _of_folder(files: dict[Span, tuple[Path, State]], span: Span) -> bytes:
+    return _of_file(*files[span], (0, span[1]))
+
+
+def _of_file(path: Path, state: State, span: Span) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as file:
+            if _state(file.fileno()) == state:
+                return os.pread(file.fileno(), span[1], span[0])
+    except FileNotFoundError:
+        pass
+    raise ShardChanged(f"{path} was replaced or removed while it was read; leave it alone and run again")
+
+
+def _state(file: int | Path) -> State:
+    found = os.stat(file)  # noqa: PTH116 - also of what is open
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -38,10 +38,13 @@ class Location:
     cache: str | Path | None = None
     cache_nbytes: int = 64 << 30
 
-    def open(self) -> Store:
-        """Raises NotAStore where there is none, PlanError for a location that is none."""
+    def open(self, known: bool = False) -> Store:
+        """Raises NotAStore where there is none, PlanError for a location that is none.
+
+        known  it was opened before: where a service does not answer, it is waited for
+        """
         storage: Backend = backend(self.store, self.token)
-        if not storage.exists():
+        if not known and not storage.exists():
             raise NotAStore(f"{self.store} is not a store (no zarr.json): `statsvc run PLAN` makes one")
         if not isinstance(storage, LocalBackend):
             storage = CachedBackend(storage, self._disk, self.store)

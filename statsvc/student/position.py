@@ -13,17 +13,17 @@ from torch.utils.data import get_worker_info
 
 from statsvc.errors import PlanError
 
-MOST_WORKERS = 4096
-EPOCH, STEP, TAKEN = 0, 1, 2  # in the shared memory; from TAKEN on, which workers have taken the step
+EPOCH, STEP, TAKEN, BEGAN, FIELDS = 0, 1, 2, 3, 4  # in the shared memory
 
 
 class Position:
     """Of one iteration in this process, and of the next one in all of them."""
 
     def __init__(self) -> None:
-        self._shared = torch.zeros(TAKEN + MOST_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._shared = torch.zeros(FIELDS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._next: tuple[int, int] | None = None  # epoch and batch, of the iteration in this process
         self._own_step: int | None = None  # where this worker's next iteration begins, if it was told so itself
+        self._iterations = 0  # that this process has begun
 
     @property
     def epoch(self) -> int:
@@ -32,16 +32,21 @@ class Position:
 
     @property
     def next(self) -> tuple[int, int]:
-        """Epoch and number of the batch that comes next: of the iteration in this process, else of the one to begin."""
+        """Epoch and number of the batch that comes next: of the iteration in this process, else of the one to begin.
+
+        Raises PlanError where only workers know.
+        """
+        if self._next is None and self._shared[BEGAN] and get_worker_info() is None:
+            raise PlanError(
+                "DataLoader workers give batches ahead of time: say which one was used last, state_dict(batch)"
+            )
         return self._next or (self.epoch, int(self._shared[STEP]))
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins this epoch; where it was broken off, if that is where `resume` put it."""
-        if epoch < 0:
-            raise PlanError(f"an epoch is 0 or more, not {epoch}")
         if epoch != self.epoch:
             self._put(epoch, 0)
-        self._next = None
+        self._shared[BEGAN], self._next = 0, None
 
     def resume(self, epoch: int, step: int) -> None:
         """The next iteration, and no other, begins at that batch of the epoch."""
@@ -49,19 +54,24 @@ class Position:
             self._shared[EPOCH], self._own_step = epoch, step
         else:
             self._put(epoch, step)
+            self._shared[BEGAN] = 0
         self._next = None
 
-    def begin(self, worker: int, workers: int) -> tuple[int, int]:
+    def begin(self, worker: int) -> tuple[int, int]:
         """Epoch and number of this worker's first batch."""
+        self._iterations += 1
+        if (info := get_worker_info()) is not None:
+            self._shared[BEGAN] = 1
         if self._own_step is not None:
             step, self._own_step = self._own_step, None
         else:
-            step = int(self._shared[STEP]) + worker
-            if self._shared[STEP]:
-                self._shared[TAKEN + worker] = 1
-                # Each worker marks that it has read the step; who sees all marks takes it away, be it twice.
-                if self._shared[TAKEN : TAKEN + workers].all():
-                    self._put(self.epoch, 0)
+            # The workers of one loader have seeds with one base; persistent ones begin again with the same. So this is
+            # the same number for all workers of one iteration, however late they begin, and for no other iteration.
+            base = info.seed - info.id if info else 0
+            iteration = hash((base, self._iterations)) or 1
+            if not self._shared[TAKEN]:
+                self._shared[TAKEN] = iteration
+            step = (int(self._shared[STEP]) if self._shared[TAKEN] == iteration else 0) + worker
         self._next = self.epoch, step
         return self._next
 
@@ -70,8 +80,7 @@ class Position:
         self._next = epoch, step
 
     def _put(self, epoch: int, step: int) -> None:
-        self._shared[TAKEN:] = 0
-        self._shared[EPOCH], self._shared[STEP] = epoch, step
+        self._shared[EPOCH], self._shared[STEP], self._shared[TAKEN] = epoch, step, 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

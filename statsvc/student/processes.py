@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import distributed
 from statsvc.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_REQUEST_SECONDS = 2.0
 
 
 @dataclass
@@ -64,9 +66,14 @@ def processes() -> Iterator[Processes]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
+    first = 0.0
+
     def on_signal(*_: Any) -> None:
-        if found.stopping:
-            raise Interrupted("interrupted at once; what the last checkpoint holds is kept: the same command goes on")
+        nonlocal first
+        # torchrun passes on a SIGTERM that a scheduler has sent to every process already: that is one request.
+        if found.stopping and time.monotonic() > first + ONE_REQUEST_SECONDS:
+            raise Interrupted("interrupted at once; the same command goes on from the last checkpoint, if there is one")
+        first = first if found.stopping else time.monotonic()
         found.stopping = True
 
     before = {number: signal.signal(number, on_signal) for number in SIGNALS}

@@ -24,6 +24,13 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         cells = [cell.ljust(width) for cell, width in zip(first, widths[:2], strict=True)]
         cells += [cell.rjust(width) for cell, width in zip(rest, widths[2:], strict=True)]
         yield "  " + "  ".join(cells).rstrip()
+    for name, each in report["channels"].items():
+        for output, channels in each.items():
+            if channels["kept"] < channels["of"]:
+                yield (
+                    f"{name} {output}: against what the {channels['kept']} channels of its targets keep of "
+                    f"{channels['of']}; what they leave out is not in these figures"
+                )
     yield "unexplained: MSE as a part of the features' variance; a student that always says the mean has 1"
 
 

@@ -56,6 +56,8 @@ class Training:
             "student": self.student.state_dict(),
             "objective": self._objective.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "train": self._cached.train,
+            "held_out": self._cached.held_out,
             "dataset": self.dataset.state_dict(self._last),
             "rng": torch.get_rng_state(),
         }
