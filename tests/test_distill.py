@@ -30,7 +30,7 @@ import statsvc
 import statsvc.student.distill
 import statsvc.student.training
 from statsvc.errors import EngineError, Interrupted, NotFound, PlanError, StoreError
-from statsvc.plan import Plan
+from statsvc.plan import Data, Plan
 from statsvc.progress import Bar, Display
 from statsvc.student.cached import Cached
 from statsvc.student.distill import distill
@@ -42,6 +42,7 @@ from statsvc.student.training import rate
 from statsvc.student.vit import Shape, Student, load_student
 from tests.conftest import MEAN, STD, Finished, by_row, in_process, plan_for
 from tests.ports import free_port
+from tests.tiny import photographs, write_tar
 from workers.decoders import Decoders
 from workers.run import run
 
@@ -289,14 +290,51 @@ def test_ctrl_c_keeps_the_step_that_was_taken_and_a_rerun_ends_with_the_very_sam
     assert ours["teachers"] == theirs["teachers"]
 
 
-def test_a_second_ctrl_c_stops_at_once(finished_once: Finished, tmp_path: Path) -> None:
-    def twice(_: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize(("seconds", "message"), [(-1.0, "interrupted at once"), (60.0, "interrupted after step 2,")])
+def test_a_second_ctrl_c_stops_at_once_unless_it_belongs_to_the_first(
+    finished_once: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, message: str
+) -> None:
+    monkeypatch.setattr("statsvc.student.processes.ONE_REQUEST_SECONDS", seconds)
 
-    with pytest.raises(Interrupted, match="interrupted at once"):
+    def twice(done: int) -> None:
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=message):
         distill(finished_once.plan, recipe(tmp_path / "out"), Told(twice))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_student_goes_on_with_its_dataset_shards_when_the_store_has_grown(
+    finished: Finished, undisturbed: Path, tmp_path: Path
+) -> None:
+    finished = Finished(finished.folder, plan_with_tars(finished, "abc"))
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        distill(finished.plan, recipe(out), Told(interrupt_at(2)))
+    write_tar(finished.folder / "d.tar", photographs("d0", "d1"))
+    grown = Finished(finished.folder, plan_with_tars(finished, "abcd"))
+    assert grown.run() == 0
+    assert distill(grown.plan, recipe(out), Told()) == 0
+    assert files(out)["student.safetensors"] == files(undisturbed)["student.safetensors"]
+    assert json.loads(files(out)["report.json"])["measured_on"]["dataset_shards"] == [2]
+
+
+def plan_with_tars(finished: Finished, names: str) -> Plan:
+    shards = tuple(str(finished.folder / f"{name}.tar") for name in names)
+    return finished.plan.model_copy(update={"data": Data(shards=shards)})
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
+    finished_once: Finished, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        told = Told()
+        with pytest.raises(PlanError, match=r"out: '.*file' is a file; name a folder"):
+            distill(finished_once.plan, recipe(out), told)
+        assert told.steps == 0
 
 
 def test_a_training_that_is_done_is_only_measured(finished_once: Finished, undisturbed: Path, tmp_path: Path) -> None:
