@@ -49,7 +49,7 @@ class Sample:
     extension: str
     problem: str | None
     unusable: bool = False
-    span: tuple[int, int] | None = None
+    span: tuple[int, int] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
