@@ -214,7 +214,7 @@ def test_buffers_are_used_again_and_stay_mapped(location: Path, workers: int) ->
         time.sleep(0.02)
         places.add(batch["rows"].untyped_storage().data_ptr())
     assert len(dataset) > 20
-    assert 4 <= len(places) <= 6  # in turn; with a worker, those that wait to be taken
+    assert 2 <= len(places) <= 6  # in turn; with a worker, those that wait to be taken
 
 
 def test_persistent_workers_that_begin_late_go_on_once_too(location: Path) -> None:

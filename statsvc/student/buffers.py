@@ -23,6 +23,7 @@ from torch.utils.data import get_worker_info
 from statsvc.errors import PlanError
 
 Shape = tuple[int, ...]
+PINNED = 4  # buffers at least: a copy to a device may still run when its batch is dropped
 ALIGNMENT = 4096  # of every array of a batch: what a device copies fastest
 
 
@@ -144,19 +145,19 @@ def _rebuilt(content: dict[str, Any], memory_X: torch.Tensor, ring: Ring | None)
     return result if ring is None else lend(result, memory_X)
 
 
-def slabs(nbytes: int, reuse: int) -> Iterator[Slab]:
-    """Slabs without end: new ones where `reuse` is 0, else at least so many that are used in turn.
+def slabs(nbytes: int, *, reuse: bool) -> Iterator[Slab]:
+    """Slabs without end; with `reuse`, those that are no longer in use again, and new ones while all are.
 
-    In turn, because a copy to a device may still run when its batch is dropped. There are more of them when all are in
-    use. In a DataLoader worker they lie in shared memory; else, those that are reused are pinned where there is a CUDA
-    device. Raises PlanError where there is no memory for them.
+    In a DataLoader worker they lie in shared memory; else, those that are reused are pinned where there is a CUDA
+    device, and PINNED of them are used in turn. Raises PlanError where there is no memory for them.
     """
     ring: deque[Slab] = deque()
+    pinned = reuse and torch.cuda.is_available() and get_worker_info() is None
     while True:
-        free = None if len(ring) < reuse else next((slab for slab in ring if not slab.in_use), None)
-        if free is None:
+        free = next((slab for slab in ring if not slab.in_use), None)
+        if free is None or (pinned and len(ring) < PINNED):
             try:
-                free = Slab(_memory(nbytes + 1, reused=reuse > 0))
+                free = Slab(_memory(nbytes + 1, pinned=pinned))
             except RuntimeError as error:
                 raise PlanError(
                     f"no memory for another batch of {nbytes} bytes ({error}); in a container give it more shared "
@@ -169,11 +170,11 @@ def slabs(nbytes: int, reuse: int) -> Iterator[Slab]:
         yield free.begin()
 
 
-def _memory(nbytes: int, *, reused: bool) -> torch.Tensor:
+def _memory(nbytes: int, *, pinned: bool) -> torch.Tensor:
     if get_worker_info() is not None:
         storage = torch.UntypedStorage._new_shared(nbytes)  # type: ignore[no-untyped-call]
         return torch.empty(0, dtype=torch.uint8).set_(storage)
-    if reused and torch.cuda.is_available():
+    if pinned:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     # numpy asks for huge pages, torch does not. Measured: batches of 34 MB are then read two to three times as fast.
     return torch.from_numpy(np.empty(nbytes, np.uint8))

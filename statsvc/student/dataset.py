@@ -38,7 +38,6 @@ from statsvc.student.reader import Chosen, Reader, Wish, choose_targets
 from statsvc.targets import Targets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BUFFERS = 4
 OF_ORDER = ("batch_size", "window", "seed", "shuffle", "world_size", "tail")
 
 
@@ -61,8 +60,8 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
     tail          'pad' repeats rows until all ranks have as many, 'drop' gives full batches only
     decode        False: codes and scales, or values, as they are stored, to be decoded on the device
     missing       a row that a teacher has no target of is an 'error', 'skip' leaves it out, 'mask' keeps it
-    reuse_buffers a batch lies in memory that is used again once nothing refers to its arrays any more, and BUFFERS
-                  batches later at the earliest. Pinned where there is CUDA
+    reuse_buffers a batch lies in memory that is used again once nothing refers to its arrays any more. Where there is
+                  CUDA it is pinned, and used again four batches later at the earliest
     only          numbers of the dataset shards to use; None: all
     cache, cache_nbytes
                   folder and limit of the copies of remote shards; None: a folder of the user's cache
@@ -124,7 +123,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         if image_size is not None:
             resize = Resize(whole_number("image_size", image_size, 1), image_interpolation)
             self._pixels = Pixels(resize, image_mean, image_std)
-        self._buffers = BUFFERS if reuse_buffers else 0
+        self._reuse_buffers = bool(reuse_buffers)
         self._id, self._position = uuid.uuid4().hex, Position()
         opened = self._location.open()
         targets = choose_targets(opened, _names(teachers), _names(outputs), cache_sets or {}, method)
@@ -217,8 +216,8 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         self, order: EpochOrder, epoch: int, first: int, worker: int, workers: int
     ) -> Iterator[dict[str, Any]]:
         reader, window = self._opened(), None
-        memory = slabs(reader.slab_nbytes(min(self._order.batch_size, self._order.per_rank)), self._buffers)
-        ring = Ring(self._id, worker, uuid.uuid4().hex) if self._buffers else None
+        memory = slabs(reader.slab_nbytes(min(self._order.batch_size, self._order.per_rank)), reuse=self._reuse_buffers)
+        ring = Ring(self._id, worker, uuid.uuid4().hex) if self._reuse_buffers else None
         for step in range(first, order.batches, workers):
             if window != (window := order.window_of(step)):
                 reader.prefetch([*order.shards_of(window), *order.shards_of(window + 1)], worker, workers)
@@ -227,7 +226,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             self._position.passed(epoch, step + workers)
             if get_worker_info() is not None:
                 batch = Batch(batch, slab, ring)
-            elif self._buffers:
+            elif self._reuse_buffers:
                 lend(batch, slab.memory_X)
             yield batch
             del batch  # or it would be in use while the next one is put together

@@ -31,7 +31,7 @@ def read_record(text: str) -> tuple[dict[str, Any], Sections]:
     return found["environment"], sections
 
 
-RATIOS = "Measured in one run; ratios above 1 mean that ours is better."
+RATIOS = "What stands in one table was measured in one run; ratios above 1 mean that ours is better."
 
 
 def markdown(environment: dict[str, Any], sections: Sections, begin: str = RATIOS) -> str:
