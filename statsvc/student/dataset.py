@@ -11,7 +11,6 @@ Suffixes: B = rows of a batch, T = tokens, k = channels of a target, S = side of
 
 from __future__ import annotations
 
-import operator
 import os
 import uuid
 import weakref
@@ -19,22 +18,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from statsvc.canonical import canonical_json, sha256
 from statsvc.dataset.decode import Resize
 from statsvc.errors import PlanError
-from statsvc.ledger import attributes
 from statsvc.plan import Data
 from statsvc.store import Store
+from statsvc.student.arguments import data_of, names_of, rank_of, shard_numbers, whole_number
 from statsvc.student.buffers import Batch, Ring, forget, lend, slabs
 from statsvc.student.census import Missing, take_census
+from statsvc.student.chosen import Chosen, choose_targets
 from statsvc.student.images import Images, Pixels, Triple
-from statsvc.student.location import Location, recorded_data
+from statsvc.student.location import Location
 from statsvc.student.order import EpochOrder, Order, Tail
 from statsvc.student.position import Position
-from statsvc.student.reader import Chosen, Reader, Wish, choose_targets
+from statsvc.student.reader import Reader, Wish
 from statsvc.targets import Targets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,7 +107,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         super().__init__()
         if space not in ("normalized", "teacher"):
             raise PlanError(f"space {space!r} is neither 'normalized' nor 'teacher'")
-        rank, world_size = _rank(rank, world_size)
+        rank, world_size = rank_of(rank, world_size)
         numbers = {
             "batch_size": whole_number("batch_size", batch_size, 1),
             "window": whole_number("window", window, 1),
@@ -116,7 +115,7 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             "rank": whole_number("rank", rank, 0),
             "world_size": whole_number("world_size", world_size, 1),
         }
-        wanted = None if only is None else _shard_numbers(only)
+        wanted = None if only is None else shard_numbers(only)
         self._location = Location(str(store), token, cache, whole_number("cache_nbytes", cache_nbytes, 1))
         self._wish = Wish(space if decode else None, missing == "mask")
         self._pixels: Pixels | None = None
@@ -126,10 +125,10 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         self._reuse_buffers = bool(reuse_buffers)
         self._id, self._position = uuid.uuid4().hex, Position()
         opened = self._location.open()
-        targets = choose_targets(opened, _names(teachers), _names(outputs), cache_sets or {}, method)
+        targets = choose_targets(opened, names_of(teachers), names_of(outputs), cache_sets or {}, method)
         # The store may grow; what is read stays what it was, also in workers that open it later.
         self._chosen = Chosen.of(targets, method)
-        self._data = _data(opened, shards) if self._pixels else None
+        self._data = data_of(opened, shards) if self._pixels else None
         self._census = take_census(opened, targets, missing, wanted)
         self._order = Order(self._census.count_S, **numbers, shuffle=bool(shuffle), tail=tail)
         self._identity = {
@@ -247,45 +246,3 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
-
-
-def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    return (names,) if isinstance(names, str) else None if names is None else tuple(names)
-
-
-def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """An int, also of numpy; raises PlanError for anything else, and for less than `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise PlanError(f"{name} must be a whole number, not {value!r}") from error
-    if least is not None and number < least:
-        raise PlanError(f"{name} must be at least {least}, not {number}")
-    return number
-
-
-def _shard_numbers(only: Iterable[int]) -> list[int]:
-    if not isinstance(only, Iterable) or isinstance(only, str):
-        raise PlanError(f"only={only!r}: give the numbers of dataset shards as a list")
-    return [whole_number("a dataset shard in only=...", number, 0) for number in only]
-
-
-def _data(store: Store, shards: str | Sequence[str] | Data | None) -> Data:
-    """Where the dataset's tars lie. Which files in them are the images is as the store has it."""
-    if isinstance(shards, Data):
-        return shards
-    if shards is None:
-        return recorded_data(store)
-    if isinstance(shards, Mapping) or not all(isinstance(pattern, str) for pattern in shards):
-        raise PlanError(f"shards={shards!r}: give patterns as data.shards of a plan, such as 'photos/*.tar'")
-    return Data(shards=_names(shards) or (), images=tuple(attributes(store.backend, "", "images")["images"]))
-
-
-def _rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise PlanError(f"rank {rank}, world_size {world_size}: give both, or neither for those of torch.distributed")
-    if rank is not None and world_size is not None:
-        return rank, world_size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -40,11 +40,16 @@ LIMIT = "np.memmap"
 
 def tables() -> tuple[list[Table], dict[str, str]]:
     """The tables, and the versions of the peers."""
+    return measured_beside_peers(__name__)
+
+
+def measured_beside_peers(module: str) -> tuple[list[Table], dict[str, str]]:
+    """What a module writes into the file that it is given, in a process that sees the peers."""
     paths = [str(PEERS_FOLDER.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
         # What peers print goes to the terminal, so the result does not go through standard output.
-        subprocess.run([sys.executable, "-m", __name__, result.name], env=environ, check=True)
+        subprocess.run([sys.executable, "-m", module, result.name], env=environ, check=True)
         found = json.loads(Path(result.name).read_text())
     return [Table.from_json(table) for table in found["tables"]], found["versions"]
 

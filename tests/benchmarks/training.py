@@ -13,7 +13,6 @@ import gc
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from statsvc.student import TargetDataset
 from tests.benchmarks.peers import LitData, Mosaic, Peer, WebDataset
 from tests.benchmarks.rows import Goal, Row, Table, versions
 from tests.benchmarks.service import running, serve
-from tests.benchmarks.storage import PEERS_FOLDER
+from tests.benchmarks.storage import measured_beside_peers
 from tests.benchmarks.timing import Case, alternate
 from tests.ports import free_port
 from tests.stores import MadeTeacher, write_store
@@ -46,12 +45,7 @@ Loaders = dict[str, tuple[Path, Load]]
 
 def tables() -> tuple[list[Table], dict[str, str]]:
     """The tables, and the versions of the peers."""
-    paths = [str(PEERS_FOLDER.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    with tempfile.NamedTemporaryFile(suffix=".json") as result:
-        subprocess.run([sys.executable, "-m", __name__, result.name], env=environ, check=True)
-        found = json.loads(Path(result.name).read_text())
-    return [Table.from_json(table) for table in found["tables"]], found["versions"]
+    return measured_beside_peers(__name__)
 
 
 class Mapped(Dataset[torch.Tensor]):
