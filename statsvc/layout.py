@@ -22,6 +22,7 @@ FORMAT = "statsvc/1"
 LEASE = ".statsvc/lease.json"
 LEASE_SECONDS = 60.0  # without a heartbeat, six of them; clocks of hosts that share a store may differ by less
 RUN = ".statsvc/run.json"
+INDEX = ".statsvc/index.json"
 
 # Of a sample and of a teacher's row.
 ABSENT, OK, UNDECODABLE, NON_FINITE, WRONG_SHAPE = range(5)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.layout import commit_folder, commit_path
 
+READ_AHEAD = 4  # commits for each of the requests that storage takes at a time
 COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
@@ -132,12 +136,45 @@ class Ledger:
         """One commit, or None where that unit was not done."""
         path = commit_path(phase, shard, teacher, set_)
         if path not in self._read:
-            try:
-                data = self._backend.read(path)
-            except FileNotFoundError:
+            commit = self.load(path)
+            if commit is None:
                 return None
-            self._read[path] = Commit.from_bytes(path, data)
+            self._read[path] = commit
         return self._read[path]
+
+    def scan(
+        self, phase: str, teacher: str | None = None, set_: str | None = None, shards: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, Commit | None]]:
+        """Every commit of a unit in order, or those of some dataset shards; None where that unit was not done.
+
+        For all of a large store: what was read is not kept, and storage that answers late is asked ahead.
+        """
+        wanted = iter(self.shards(phase, teacher, set_) if shards is None else shards)
+        if self._backend.concurrency == 1:
+            for shard in wanted:
+                yield shard, self.load(commit_path(phase, shard, teacher, set_))
+            return
+        ahead: deque[tuple[int, Future[Commit | None]]] = deque()
+        with ThreadPoolExecutor(self._backend.concurrency) as pool:
+            try:
+                for shard in wanted:
+                    ahead.append((shard, pool.submit(self.load, commit_path(phase, shard, teacher, set_))))
+                    if len(ahead) >= READ_AHEAD * self._backend.concurrency:
+                        first, found = ahead.popleft()
+                        yield first, found.result()
+                for first, found in ahead:
+                    yield first, found.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def load(self, path: str) -> Commit | None:
+        """The commit at a path, or None where that unit was not done; nothing is kept."""
+        if path in self._read:
+            return self._read[path]
+        try:
+            return Commit.from_bytes(path, self._backend.read(path))
+        except FileNotFoundError:
+            return None
 
     def write(self, commit: Commit) -> None:
         """Make a unit visible. Everything it names must be published already."""

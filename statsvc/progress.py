@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 LOG_SECONDS = 10.0
@@ -18,6 +28,12 @@ class Bar(Protocol):
     """One phase that is going on."""
 
     def advance(self, images: int) -> None: ...
+
+
+class Bars(Protocol):
+    """One phase that goes on for several teachers."""
+
+    def advance(self, teacher: str, images: int) -> None: ...
 
 
 class Display:
@@ -32,25 +48,46 @@ class Display:
     @contextmanager
     def phase(self, name: str, total: int | None, unit: str = "images") -> Iterator[Bar]:
         """Show one phase of so many units; None where the end is not known."""
+        with self._shown({name: total}, unit) as bars:
+            yield bars[name]
+
+    @contextmanager
+    def phase_of_teachers(self, name: str, totals: Mapping[str, int], unit: str = "images") -> Iterator[Bars]:
+        """The same with a line for each teacher: they may have different parts of the work behind them."""
+        with self._shown({f"{name} {teacher}": total for teacher, total in totals.items()}, unit) as bars:
+            yield _OfTeachers({teacher: bars[f"{name} {teacher}"] for teacher in totals})
+
+    @contextmanager
+    def _shown(self, totals: Mapping[str, int | None], unit: str) -> Iterator[Mapping[str, Bar]]:
         if self.console.is_terminal:
+            wide = max(8, *map(len, totals))
             columns = (
-                TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), _Rate(),
-                TimeRemainingColumn(),
+                TextColumn(f"{{task.description:{wide}}}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                _Rate(), TimeRemainingColumn(),
             )  # fmt: skip
             with Progress(*columns, console=self.console) as progress:
-                yield _Terminal(progress, progress.add_task(name, total=total))
+                yield {n: _Terminal(progress, progress.add_task(n, total=total)) for n, total in totals.items()}
         else:
-            lines = _Lines(self, name, total, unit)
+            lines = {n: _Lines(self, n, total, unit) for n, total in totals.items()}
             yield lines
-            lines.report()
+            for line in lines.values():
+                line.report()
+
+
+@dataclass(frozen=True)
+class _OfTeachers:
+    bars: Mapping[str, Bar]
+
+    def advance(self, teacher: str, images: int) -> None:
+        self.bars[teacher].advance(images)
 
 
 class _Terminal:
-    def __init__(self, progress: Progress, task: object) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, images: int) -> None:
-        self._progress.advance(self._task, images)  # type: ignore[arg-type]
+        self._progress.advance(self._task, images)
 
 
 class _Rate(ProgressColumn):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from statsvc.index import Index, read_index
 from statsvc.layout import RUN
 from statsvc.ledger import Commit
 from statsvc.store import Store, Teacher
@@ -14,7 +15,8 @@ from statsvc.store import Store, Teacher
 
 def describe(store: Store) -> dict[str, Any]:
     """The contents of `statsvc status --json`."""
-    index = [commit for shard in store.ledger.shards("index") if (commit := store.ledger.read("index", shard))]
+    index = read_index(store.backend, store.ledger)
+    with_problems = [shard for shard, entry in index.items() if entry.failed]
     try:
         quarantine = json.loads(store.backend.read(RUN)).get("quarantine", {})
     except (FileNotFoundError, ValueError):
@@ -23,9 +25,14 @@ def describe(store: Store) -> dict[str, Any]:
         "rows_per_shard": store.rows_per_shard,
         "views_per_image": store.views_per_image,
         "dataset_shards": len(index),
-        "samples": sum(commit.samples or 0 for commit in index),
-        "problems": _failures(index),
-        "teachers": {name: _teacher(store, store.teacher(name)) for name in store.teachers()},
+        "samples": sum(entry.samples for entry in index.values()),
+        "problems": [
+            found
+            for _, commit in store.ledger.scan("index", shards=with_problems)
+            if commit
+            for found in _failures(commit, commit.name)
+        ],
+        "teachers": {name: _teacher(store, store.teacher(name), index) for name in store.teachers()},
         "quarantined": [
             {"phase": phase, "dataset_shard": name, "reason": reason}
             for phase, shards in quarantine.items()
@@ -65,21 +72,17 @@ def _line(failure: dict[str, Any]) -> str:
     return f"{failure['dataset_shard']} {failure['key']} (position {failure['position']}): {failure['reason']}"
 
 
-def _teacher(store: Store, teacher: Teacher) -> dict[str, Any]:
+def _teacher(store: Store, teacher: Teacher, index: Index) -> dict[str, Any]:
     cached = {}
     for cache_set in teacher.cache_sets():
-        shards = store.ledger.shards("cache", teacher.name, cache_set)
-        commits = [c for shard in shards if (c := store.ledger.read("cache", shard, teacher.name, cache_set))]
-        status: Counter[str] = Counter()
-        for commit in commits:
-            status.update(commit.status or {})
-        names = {shard: c.name for shard in shards if (c := store.ledger.read("index", shard))}
-        cached[cache_set] = {
-            "dataset_shards": len(commits),
-            "status": dict(status),
-            "bytes": sum(record.bytes for commit in commits for record in commit.objects),
-            "failed": _failures(commits, names),
-        }
+        shards, nbytes, status, failed = 0, 0, Counter[str](), list[dict[str, Any]]()
+        for shard, commit in store.ledger.scan("cache", teacher.name, cache_set):
+            if commit is not None:
+                shards += 1
+                nbytes += sum(record.bytes for record in commit.objects)
+                status.update(commit.status or {})
+                failed += _failures(commit, index[shard].name if shard in index else None)
+        cached[cache_set] = {"dataset_shards": shards, "status": dict(status), "bytes": nbytes, "failed": failed}
     made = [{m for m, fit in methods.items() if isinstance(fit, str)} for methods in teacher.fits().values()]
     return {
         "fingerprint": teacher.fingerprint,
@@ -91,9 +94,5 @@ def _teacher(store: Store, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _failures(commits: list[Commit], names: dict[int, str | None] | None = None) -> list[dict[str, Any]]:
-    return [
-        {"dataset_shard": commit.name or (names or {}).get(commit.shard), **failure._asdict()}
-        for commit in commits
-        for failure in commit.failed
-    ]
+def _failures(commit: Commit, name: str | None) -> list[dict[str, Any]]:
+    return [{"dataset_shard": name, **failure._asdict()} for failure in commit.failed]

@@ -22,7 +22,7 @@ from statsvc.backends import Backend, backend
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import LeaseError
 from statsvc.layout import LEASE, LEASE_SECONDS
-from workers.lease import HEARTBEAT_SECONDS, Lease, read_lease, wait_if_host_is_gone
+from workers.lease import HEARTBEAT_SECONDS, WATCH_SECONDS, Lease, read_lease, start_of, this_machine
 
 HOLD = """
 import sys
@@ -67,11 +67,18 @@ def held(storage: Backend, **changes: Any) -> dict[str, Any]:
     """Write a lease as a driver would, held by this very process unless changed."""
     now = time.time()
     lease = {
-        "token": "t", "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time(),
-        "since": now, "heartbeat": now, **changes,
+        "token": "t", "host": socket.gethostname(), "machine": this_machine(), "pid": os.getpid(),
+        "started": start_of(os.getpid()), "since": now, "heartbeat": now, **changes,
     }  # fmt: skip
     storage.write(LEASE, json.dumps(lease).encode())
     return lease
+
+
+@pytest.fixture(autouse=True)
+def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of leases that look expired; that a living driver shows in time is tested with longer ones."""
+    monkeypatch.setattr(workers.lease, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(workers.lease, "POLL_SECONDS", 0.01)
 
 
 def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -129,7 +136,8 @@ def test_a_killed_driver_that_nobody_has_reaped_yet_is_gone_too(
 ) -> None:
     # As in a container whose first process does not look after orphans.
     os.kill(holder.pid, signal.SIGKILL)
-    eventually(lambda: psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: start_of(holder.pid) is None)
+    assert holder.pid in psutil.pids()
     with Lease(storage) as lease:
         lease.check()
 
@@ -145,25 +153,51 @@ def test_a_driver_that_stands_still_keeps_its_lease_until_it_expires(
         pass
 
 
+def test_it_is_the_very_process_that_began_when_the_lease_says(storage: Backend, holder: subprocess.Popen[str]) -> None:
+    lease = json.loads(read_lease(storage) or b"")
+    began = psutil.boot_time() + lease["started"] / os.sysconf("SC_CLK_TCK")
+    assert abs(began - psutil.Process(holder.pid).create_time()) < 1.5  # the boot time is in whole seconds
+
+
 def test_a_process_that_was_given_the_same_number_is_another(storage: Backend) -> None:
-    held(storage, started=psutil.Process().create_time() - 3600)
+    held(storage, started=(start_of(os.getpid()) or 0) - 1)
     with Lease(storage):
         pass
 
 
 def test_on_another_host_only_the_heartbeat_tells(storage: Backend) -> None:
-    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - LEASE_SECONDS + 5)
-    with pytest.raises(LeaseError, match=r"process 1 on elsewhere, since .*, last heartbeat 5\d s ago"):
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() - LEASE_SECONDS + 5)
+    with pytest.raises(LeaseError, match=r"process \d+ on elsewhere, since .*, last heartbeat 5\d s ago"):
         Lease(storage).__enter__()
-    held(storage, host="elsewhere", pid=1, started=0.0, heartbeat=time.time() - LEASE_SECONDS - 1)
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() - LEASE_SECONDS - 1)
     with Lease(storage):
         pass
 
 
 def test_a_clock_that_runs_ahead_elsewhere_does_not_break_the_lease(storage: Backend) -> None:
-    held(storage, host="elsewhere", heartbeat=time.time() + 30)
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() + 30)
     with pytest.raises(LeaseError, match="last heartbeat 0 s ago"):
         Lease(storage).__enter__()
+
+
+@pytest.mark.parametrize("hours", [-5000, -1, 1, 5000])
+def test_a_clock_that_was_set_does_not_cost_a_living_driver_its_lease(
+    storage: Backend, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    monkeypatch.setattr(workers.lease, "WATCH_SECONDS", 10.0)
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() + hours * 3600, since=time.time())
+    change = {"host": "elsewhere", "machine": "x", "heartbeat": time.time() + hours * 3600 + 10}
+    beat = threading.Timer(0.1, lambda: held(storage, **change))
+    beat.start()
+    with pytest.raises(LeaseError, match="another driver holds this store"):
+        Lease(storage).__enter__()
+    beat.join()
+
+
+def test_a_clock_that_was_set_does_not_keep_the_lease_of_a_driver_that_is_gone(storage: Backend) -> None:
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() + 1e9)
+    with Lease(storage):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -193,6 +227,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_heartbeats_come_often_enough_to_miss_some() -> None:
     assert LEASE_SECONDS >= 5 * HEARTBEAT_SECONDS
+    assert WATCH_SECONDS >= 2 * HEARTBEAT_SECONDS
 
 
 @pytest.mark.usefixtures("quick")
@@ -317,21 +352,17 @@ def test_of_many_that_take_over_a_dead_drivers_lease_one_holds_the_store(storage
 class TestADriverOfAnotherHost:
     """Its process cannot be looked at: only its heartbeat tells."""
 
-    @pytest.fixture(autouse=True)
-    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers.lease, "POLL_SECONDS", 0.01)
-
-    def held(self, age: float = 0.0, host: str = "elsewhere") -> bytes:
+    def held(self, age: float = 0.0, machine: str = "elsewhere", pid: int = 1) -> bytes:
         now = time.time()
-        lease = {"token": "x", "host": host, "pid": 1, "started": now, "since": now, "heartbeat": now - age}
-        return json.dumps(lease).encode()
+        lease = {"token": "x", "host": "elsewhere", "machine": machine, "pid": pid, "started": 5, "since": now}
+        return json.dumps({**lease, "heartbeat": now - age}).encode()
 
     def test_is_waited_for_until_its_lease_expires(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.3)
         storage.write(LEASE, self.held())
         told: list[str] = []
         begun = time.monotonic()
-        wait_if_host_is_gone(storage, told.append)
+        Lease(storage).wait_for_others(told.append)
         assert time.monotonic() - begun > 0.2
         assert len(told) == 1
         assert "elsewhere" in told[0]
@@ -341,19 +372,28 @@ class TestADriverOfAnotherHost:
         beat = threading.Timer(0.1, lambda: storage.write(LEASE, self.held()))
         beat.start()
         with pytest.raises(LeaseError, match="elsewhere"):
-            wait_if_host_is_gone(storage, lambda _: None)
+            Lease(storage).wait_for_others(lambda _: None)
         beat.join()
 
     def test_makes_way_when_it_ends(self, storage: Backend) -> None:
         storage.write(LEASE, self.held())
         end = threading.Timer(0.1, lambda: storage.remove(LEASE))
         end.start()
-        wait_if_host_is_gone(storage, lambda _: None)
+        Lease(storage).wait_for_others(lambda _: None)
         end.join()
 
     def test_nobody_waits_for_a_driver_of_this_host(self, storage: Backend, holder: subprocess.Popen[str]) -> None:
         assert holder.poll() is None
         with pytest.raises(LeaseError, match="another driver holds"):
-            wait_if_host_is_gone(storage, pytest.fail)
-        storage.write(LEASE, self.held(host=socket.gethostname()))  # a process that never was
-        wait_if_host_is_gone(storage, pytest.fail)
+            Lease(storage).wait_for_others(pytest.fail)
+        storage.write(LEASE, self.held(machine=this_machine(), pid=2**22))  # a process that never was
+        Lease(storage).wait_for_others(pytest.fail)
+
+    def test_is_not_waited_for_twice(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.3)
+        storage.write(LEASE, self.held())
+        lease = Lease(storage)
+        lease.wait_for_others(lambda _: None)
+        monkeypatch.setattr(workers.lease, "WATCH_SECONDS", 1e6)
+        with lease:
+            lease.check()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from statsvc.backends import Backend, backend
+from statsvc.backends.local import LocalBackend
 from statsvc.errors import DamagedObject
-from statsvc.ledger import Commit, Failure, Ledger, ObjectRecord, attributes
+from statsvc.layout import commit_path
+from statsvc.ledger import READ_AHEAD, Commit, Failure, Ledger, ObjectRecord, attributes
 
 INDEX = Commit(
     phase="index",
@@ -279,3 +284,62 @@ def test_metadata_that_lacks_an_attribute_is_damage_that_names_both(storage: Bac
     storage.write("teachers/dino/zarr.json", b'{"attributes": {"outputs": {}}}')
     with pytest.raises(DamagedObject, match=r"^teachers/dino/zarr\.json: .*it lacks fingerprint"):
         attributes(storage, "teachers/dino", "outputs", "fingerprint")
+
+
+class FarAway(LocalBackend):
+    """Takes several requests at a time, and counts how many."""
+
+    concurrency = 4
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.lock, self.under_way, self.most, self.reads = threading.Lock(), 0, 0, 0
+
+    def read(self, path: str) -> bytes:
+        with self.lock:
+            self.reads += 1
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        time.sleep(0.002)
+        try:
+            return super().read(path)
+        finally:
+            with self.lock:
+                self.under_way -= 1
+
+
+@pytest.mark.parametrize("kind", [LocalBackend, FarAway])
+def test_a_scan_gives_every_commit_in_order_and_keeps_none(tmp_path: Path, kind: type[LocalBackend]) -> None:
+    ledger = Ledger(kind(str(tmp_path)))
+    commits = {shard: dataclasses.replace(INDEX, shard=shard, name=f"{shard}.tar") for shard in range(40)}
+    for commit in commits.values():
+        ledger.write(commit)
+    reader = Ledger(kind(str(tmp_path)))
+    assert list(reader.scan("index")) == list(commits.items())
+    assert list(reader.scan("index", shards=[7, 100, 3])) == [(7, commits[7]), (100, None), (3, commits[3])]
+    (tmp_path / commits[7].path).unlink()
+    assert list(reader.scan("index", shards=[7])) == [(7, None)]
+
+
+def test_a_scan_of_far_away_storage_asks_ahead_but_not_without_bound(tmp_path: Path) -> None:
+    storage = FarAway(str(tmp_path))
+    for shard in range(200):
+        Ledger(storage).write(dataclasses.replace(INDEX, shard=shard))
+    scan = Ledger(storage).scan("index")
+    assert next(scan)[0] == 0
+    scan.close()  # type: ignore[attr-defined]
+    assert storage.most <= storage.concurrency
+    assert storage.reads <= READ_AHEAD * storage.concurrency
+    list(Ledger(storage).scan("index"))
+    assert storage.most == storage.concurrency
+
+
+def test_a_damaged_commit_ends_a_scan(tmp_path: Path) -> None:
+    storage = FarAway(str(tmp_path))
+    for shard in range(5):
+        Ledger(storage).write(dataclasses.replace(INDEX, shard=shard))
+    storage.write(commit_path("index", 3), b"{}")
+    scan = Ledger(storage).scan("index")
+    assert [next(scan)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DamagedObject, match="000003"):
+        next(scan)

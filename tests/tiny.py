@@ -10,6 +10,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,11 +148,11 @@ class InProcess:
             self._loaded[name] = self.teachers[key]
         return Ready({name: teacher.outputs for name, teacher in self._loaded.items()}, {"device": "cpu"})
 
-    def run(self, units: Iterable[Unit], on_images: Callable[[int], None]) -> Iterator[Result]:
+    def run(self, units: Iterable[Unit], on_images: Callable[[Unit, int], None]) -> Iterator[Result]:
         storage, threads = backend(self._setup.plan.store), torch.get_num_threads()
         for unit in units:
             torch.set_num_threads(self._setup.threads)  # as workers do, so that they would give the same bytes
-            run_unit(unit, storage, self._loaded, self._decoders, on_images)
+            run_unit(unit, storage, self._loaded, self._decoders, partial(on_images, unit))
             torch.set_num_threads(threads)
             yield Result(unit)
 

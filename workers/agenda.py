@@ -8,10 +8,12 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from statsvc.backends import backend
+from statsvc.backends import Backend, backend
+from statsvc.backends.fenced import FencedBackend
 from statsvc.dataset.expand import expand
 from statsvc.dataset.source import size_of
 from statsvc.errors import PlanError
+from statsvc.index import read_index, write_summary
 from statsvc.layout import (
     ArraySpec,
     cache_arrays,
@@ -24,7 +26,7 @@ from statsvc.layout import (
     set_name,
     teacher_status,
 )
-from statsvc.ledger import Commit, Ledger, attributes, unseal
+from statsvc.ledger import Ledger, attributes, unseal
 from statsvc.normalizations import METHODS
 from statsvc.plan import Plan
 from statsvc.store import Store
@@ -32,6 +34,7 @@ from workers.fingerprint import fingerprint, settle
 from workers.fit import fit_digest
 from workers.index import RESTORE
 from workers.job import TeacherJob, Unit
+from workers.lease import Lease
 from workers.pilot import Pilot
 from workers.record import RunRecord
 from workers.sizes import told_samples
@@ -48,20 +51,26 @@ class Agenda:
     changed   those that are not what was indexed, with the reason: nothing is done with them
     numbers   the number of each dataset shard in the store
     settings  what decides the numbers of each teacher (see fingerprint)
+    index     what is indexed, as it was at the beginning
+    lease     under which the store is written; None: it is only looked at
 
     Raises PlanError, before anything is written, for all that can be wrong with a plan short of loading its teachers.
     """
 
-    def __init__(self, plan: Plan, resolved: dict[str, Resolved] | None = None) -> None:
+    def __init__(self, plan: Plan, resolved: dict[str, Resolved] | None = None, lease: Lease | None = None) -> None:
         self.plan = plan
         self.shards = {shard.name: shard for shard in expand(plan.data)}
         if resolved is None:  # hashing the weights takes a while
             resolved = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}
         self.resolved = resolved
-        self.backend = backend(plan.store)
+        self.lease = lease
+        self.backend: Backend = backend(plan.store)
         self.backend.check()
+        if lease is not None:
+            self.backend = FencedBackend(self.backend, lease.fence)
         self.record = RunRecord(self.backend)
         self._store = Store(self.backend) if self.backend.exists() else None
+        self.index = read_index(self.backend, self._ledger)
         if self._store:
             kept = self._store.rows_per_shard // self._store.views_per_image
             if plan.data.rows_per_shard not in (None, kept):
@@ -101,7 +110,9 @@ class Agenda:
     @property
     def indexed_rows(self) -> int | None:
         """Rows of a dataset shard, views included, as the index has it: also where the root of the store was lost."""
-        return next((commit.objects[0].bytes // 16 for commit in self._index()), None)
+        first = next(iter(self.index), None)
+        commit = None if first is None else self._ledger.read("index", first)
+        return None if commit is None else commit.objects[0].bytes // 16
 
     @property
     def has_store(self) -> bool:
@@ -126,13 +137,16 @@ class Agenda:
 
     def known_numbers(self) -> dict[str, int]:
         """The number of every dataset shard that the store has indexed."""
-        return {commit.name: commit.shard for commit in self._index() if commit.name is not None}
+        return {entry.name: shard for shard, entry in self.index.items()}
 
-    def _index(self) -> Iterator[Commit]:
-        ledger = self.store.ledger if self.has_store else Ledger(self.backend)
-        for shard in ledger.shards("index"):
-            if (commit := ledger.read("index", shard)) is not None:
-                yield commit
+    @property
+    def _ledger(self) -> Ledger:
+        return self.store.ledger if self.has_store else Ledger(self.backend)
+
+    def keep_index(self) -> None:
+        """Write down what the commits of the index say by now, for the next start."""
+        self.index = read_index(self.backend, self._ledger)
+        write_summary(self.backend, self.index)
 
     def usable(self, phase: str) -> list[str]:
         """The plan's dataset shards that are not quarantined in a phase or one before it."""
@@ -146,10 +160,10 @@ class Agenda:
         the checksum tells as much when it is read again.
         """
         found = {}
-        for commit in self._index():
-            shard = self.shards.get(commit.name or "")
-            if shard is not None and (size := size_of(shard.location)) not in (None, commit.size):
-                found[shard.name] = f"has changed since it was indexed: {size} bytes, then {commit.size}; {RESTORE}"
+        for entry in self.index.values():
+            shard = self.shards.get(entry.name)
+            if shard is not None and (size := size_of(shard.location)) not in (None, entry.size):
+                found[shard.name] = f"has changed since it was indexed: {size} bytes, then {entry.size}; {RESTORE}"
         return found
 
     def is_fitted(self, teacher: str) -> bool:
@@ -270,8 +284,11 @@ class Agenda:
 
     def count_samples(self, name: str) -> int:
         """Samples of a dataset shard: from its index, else as many as it may have, else as told, else counted."""
-        if name in self.numbers and (commit := self.store.ledger.read("index", self.numbers[name])):
-            return commit.samples or 0
+        if name in self.numbers:
+            if entry := self.index.get(self.numbers[name]):
+                return entry.samples
+            if commit := self.store.ledger.read("index", self.numbers[name]):
+                return commit.samples or 0
         if self.plan.data.rows_per_shard is not None:
             return self.plan.data.rows_per_shard
         if name in self.told_samples:
@@ -318,8 +335,14 @@ class Agenda:
             images=self.plan.data.images,
             rows_per_shard=self.store.rows_per_shard,
             batch_size=next(iter(self.settings.values()))["batch_size"],
-            views=self.plan.views.settings(),
+            views=self._views,
+            lease=self.lease.token if self.lease else "",
         )
+
+    @cached_property
+    def _views(self) -> dict[str, Any]:
+        """One object for all units."""
+        return self.plan.views.settings()
 
 
 def tokens_per_image(plan: Plan, name: str) -> int | None:

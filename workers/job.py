@@ -35,6 +35,7 @@ class Unit:
 
     rows_per_shard  of the store: samples x views
     views           the settings of the views: the attribute of the store
+    lease           token of the driver's lease: once it is another's, nothing is published any more
     """
 
     phase: str
@@ -46,6 +47,7 @@ class Unit:
     rows_per_shard: int
     batch_size: int
     views: Mapping[str, Any] = field(default_factory=lambda: CENTER)
+    lease: str = ""
 
     @property
     def views_per_image(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 from statsvc.arrays import declare_arrays, declare_group
@@ -17,7 +17,7 @@ from statsvc.errors import DiskFull, Interrupted, PlanError, UnreadableShard
 from statsvc.layout import FORMAT, Output, commit_folder, pilot_path, sample_arrays
 from statsvc.ledger import attributes, seal, unseal
 from statsvc.plan import Plan, Statistics
-from statsvc.progress import Display
+from statsvc.progress import Bars, Display
 from workers.agenda import Agenda
 from workers.engines.base import ATTEMPTS, Engine
 from workers.fingerprint import fingerprint
@@ -35,16 +35,21 @@ class Phases:
     """What the phases share: one run of one plan, under the lease."""
 
     def __init__(
-        self, agenda: Agenda, show: Display, engine: Engine, ready: Ready, lease: Lease, stopping: threading.Event
+        self, agenda: Agenda, show: Display, engine: Engine, ready: Ready, stopping: threading.Event, lease: Lease
     ) -> None:
         self._agenda, self._show, self._engine, self._ready = agenda, show, engine, ready
         self._lease, self._stopping = lease, stopping
         self._plan, self._backend, self._record = agenda.plan, agenda.backend, agenda.record
 
     def run(self) -> None:
-        self._prepare()
-        self.fit()
-        self.cache()
+        try:
+            self._prepare()
+            self.fit()
+            self.cache()
+        except Interrupted:
+            self._agenda.keep_index()
+            raise
+        self._agenda.keep_index()
         self._backend.sweep()  # of workers that died and were replaced
 
     def _prepare(self) -> None:
@@ -173,13 +178,11 @@ class Phases:
         take_measured()
         if agenda.is_raw:
             self._check_space(list(agenda.cache_units()))
-        limit = statistics.images or statistics.max_images
-        rows = list(accumulate(agenda.count_rows(name) for name in waiting))
-        # Whole dataset shards are measured, so the last of them goes beyond the limit.
-        total = next((n for n in rows if limit != "all" and n + pilot.images >= limit), rows[-1] if rows else 0)
         if waiting:
-            with self._show.phase("measure", total, self._counted) as bar:
-                for result in self._engine.run(agenda.measure_units(teachers, order, pilot), bar.advance):
+            totals = self._still_to_measure(waiting, teachers, statistics, pilot.images)
+            with self._show.phase_of_teachers("measure", totals, self._counted) as bars:
+                units = agenda.measure_units(teachers, order, pilot)
+                for result in self._engine.run(units, partial(_advance, bars)):
                     self._lease.check()
                     if result.problem is not None and known is not None:
                         raise UnreadableShard(
@@ -194,14 +197,34 @@ class Phases:
             raise UnreadableShard("no image of any dataset shard could be used; `statsvc status` lists the reasons")
         return pilot
 
+    def _still_to_measure(
+        self, waiting: list[str], teachers: list[str], statistics: Statistics, images: int
+    ) -> dict[str, int]:
+        """Rows that each teacher has before it until the pilot is complete, at the latest."""
+        agenda, limit = self._agenda, statistics.images or statistics.max_images
+        totals = dict.fromkeys(teachers, 0)
+        for name in waiting:
+            rows = agenda.count_rows(name)
+            for teacher in teachers:
+                if agenda.store.ledger.read("measure", agenda.numbers[name], teacher) is None:
+                    totals[teacher] += rows
+            images += rows
+            if limit != "all" and images >= limit:
+                break  # whole dataset shards are measured, so the last of them goes beyond the limit
+        return totals
+
     def cache(self) -> None:
         """Cache every dataset shard for every teacher that has not done it."""
         agenda = self._agenda
         units = list(agenda.cache_units())
         declare_arrays(self._backend, agenda.arrays(), self._shard_count())
         self._check_space(units)
-        with self._show.phase("cache", sum(agenda.count_rows(unit.name) for unit in units), self._counted) as bar:
-            for result in self._engine.run(iter(units), bar.advance):
+        totals = dict.fromkeys(self._plan.teachers, 0)
+        for unit in units:
+            for job in unit.teachers:
+                totals[job.name] += agenda.count_rows(unit.name)
+        with self._show.phase_of_teachers("cache", totals, self._counted) as bars:
+            for result in self._engine.run(iter(units), partial(_advance, bars)):
                 self._lease.check()
                 if result.problem is not None:
                     self._quarantine("cache", result.unit.name, result.problem)
@@ -276,6 +299,11 @@ class Phases:
     def _stop_if_asked(self) -> None:
         if self._stopping.is_set():
             raise Interrupted(f"interrupted; all finished dataset shards are kept: {AGAIN}")
+
+
+def _advance(bars: Bars, unit: Unit, images: int) -> None:
+    for job in unit.teachers:
+        bars.advance(job.name, images)
 
 
 def row_bytes(outputs: dict[str, Output], plan: Plan) -> int:

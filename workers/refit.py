@@ -35,10 +35,11 @@ def refit(
     if pending:
         show.line(f"finishing the refit of {', '.join(pending)} that was broken off, as it was begun")
     wanted = pending or choose(agenda, near, teachers, fresh)
-    with started(agenda, show) as (engine, ready, stopping), Lease(agenda.backend) as lease:
-        agenda = Agenda(plan, agenda.resolved)
+    lease = Lease(agenda.backend)
+    with started(agenda, lease, show) as (engine, ready, stopping), lease:
+        agenda = Agenda(plan, agenda.resolved, lease)
         before = {name: agenda.store.teacher(name).fits() for name in wanted}
-        changed = Phases(agenda, show, engine, ready, lease, stopping).refit(wanted, resume=bool(pending))
+        changed = Phases(agenda, show, engine, ready, stopping, lease).refit(wanted, resume=bool(pending))
     agenda = Agenda(plan, agenda.resolved)
     if changed:
         for name in wanted:

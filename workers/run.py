@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from statsvc.errors import Interrupted, PlanError
+from statsvc.errors import Interrupted, PlanError, StatsvcError
 from statsvc.layout import Output
 from statsvc.plan import Plan
 from statsvc.progress import Display
@@ -16,7 +16,7 @@ from workers.agenda import Agenda
 from workers.engines import ENGINES
 from workers.engines.base import Engine, EngineSetup
 from workers.fit import DEFAULT_OPTIONS, fit_options
-from workers.lease import Lease, wait_if_host_is_gone
+from workers.lease import Lease
 from workers.phases import AGAIN, Phases, row_bytes
 from workers.summary import print_plan, print_summary
 from workers.worker import Ready
@@ -37,26 +37,31 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
                 agenda.record.save()
         show.line("nothing to do: every dataset shard of the plan is indexed, measured and cached")
         return quarantine_report(agenda, show)
-    with started(agenda, show) as (engine, ready, stopping):
+    lease = Lease(agenda.backend)
+    with started(agenda, lease, show) as (engine, ready, stopping):
         if dry_run:
             sizes = {name: row_bytes(outputs, plan) for name, outputs in ready.outputs.items()}
             readable = print_plan(agenda, sizes, show)
             return quarantine_report(agenda, show) if readable else 1
-        with Lease(agenda.backend) as lease:
-            agenda = Agenda(plan, agenda.resolved)  # what another driver did until a moment ago counts
+        with lease:
+            agenda = Agenda(plan, agenda.resolved, lease)  # what another driver did until a moment ago counts
             if retry:
                 agenda.record.forget_quarantine()
-            Phases(agenda, show, engine, ready, lease, stopping).run()
-    agenda = Agenda(plan, agenda.resolved)
-    print_summary(agenda, show)
-    return quarantine_report(agenda, show)
+            try:
+                Phases(agenda, show, engine, ready, stopping, lease).run()
+            except (StatsvcError, OSError):
+                lease.check()  # a driver that lost its store meets errors of all kinds: this is what they come from
+                raise
+    done = Agenda(plan, agenda.resolved)
+    print_summary(done, show)
+    return quarantine_report(done, show, agenda.shards)
 
 
 @contextmanager
-def started(agenda: Agenda, show: Display) -> Iterator[tuple[Engine, Ready, threading.Event]]:
+def started(agenda: Agenda, lease: Lease, show: Display) -> Iterator[tuple[Engine, Ready, threading.Event]]:
     """The engine with its teachers loaded, what they give, and the event that asks for an end."""
     # Before the teachers are loaded; the lease is taken, and asked for again, once they are.
-    wait_if_host_is_gone(agenda.backend, show.line)
+    lease.wait_for_others(show.line)
     plan = agenda.plan
     with stopping_on_signals(show) as stopping:
         engine = ENGINES[plan.engine.kind](
@@ -126,9 +131,13 @@ def stopping_on_signals(show: Display) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def quarantine_report(agenda: Agenda, show: Display) -> int:
-    """List what is quarantined; 1 if anything is, else 0."""
-    quarantined = [found for found in agenda.record.all_quarantined() if found[1] in agenda.shards]
+def quarantine_report(agenda: Agenda, show: Display, begun: Iterable[str] = ()) -> int:
+    """List what is quarantined; 1 if anything is, else 0.
+
+    begun  dataset shards that this run began with: one that is gone by now is matched by no pattern any more
+    """
+    names = {*agenda.shards, *begun}
+    quarantined = [found for found in agenda.record.all_quarantined() if found[1] in names]
     for phase, name, problem in quarantined:
         show.line(f"quarantined in the {phase} phase: {name}: {problem}")
     if quarantined:

@@ -5,6 +5,7 @@ Suffix: k = channels of a target.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,7 @@ def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:
     targets = store.teacher(job.name).targets(output, job.cache_set)
     specs, k = targets.specs, targets.k
     weight, sum_k, square_k = 0, np.zeros(k), np.zeros(k)
-    for shard in store.ledger.shards("cache", job.name, job.cache_set):
-        commit = store.ledger.read("cache", shard, job.name, job.cache_set)
+    for shard, commit in store.ledger.scan("cache", job.name, job.cache_set):
         if commit is None or not commit.rows:
             continue
         mean_k = read_chunk(store.backend, specs["target_mean"], shard, commit)[0].astype(np.float64)
@@ -96,18 +96,15 @@ def _print_trust(reports: dict[tuple[str, str], dict[str, Any]], counted: str, s
 def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Display) -> None:
     total = 0
     for job in jobs:
-        commits = [
-            store.ledger.read("cache", shard, job.name, job.cache_set)
-            for shard in store.ledger.shards("cache", job.name, job.cache_set)
-        ]
-        status: dict[str, int] = {}
-        for commit in commits:
-            for key, count in (commit.status or {}).items() if commit else ():
-                status[key] = status.get(key, 0) + count
-        size = sum(record.bytes for commit in commits if commit for record in commit.objects)
+        status, size, shards = Counter[str](), 0, 0
+        for _, commit in store.ledger.scan("cache", job.name, job.cache_set):
+            if commit is not None:
+                status.update(commit.status or {})
+                size += sum(record.bytes for record in commit.objects)
+                shards += 1
         total += size
         counted = ", ".join(f"{count} {key}" for key, count in status.items() if key != "absent")
-        rows = len(commits) * store.rows_per_shard
+        rows = shards * store.rows_per_shard
         show.line(
             f"{job.name}: {status.get('ok', 0)} of {rows} rows present ({counted}), {size / 1e6:.1f} MB in "
             f"teachers/{job.name}/cache/{job.cache_set}"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from statsvc.backends import Backend
+from statsvc.backends.fenced import Fence, FencedBackend
 from statsvc.dataset.decode import Decoded, Resize
 from statsvc.dataset.shards import Sample, ShardReader
 from statsvc.layout import OK, UNDECODABLE, key_hash
@@ -40,9 +41,11 @@ def run_unit(
 
     on_images  is told of so many views at a time that are done with
 
-    Raises DatasetShardError where the dataset shard cannot be used. Nothing is visible before the commits, which
-    come last and only if the shard still holds the bytes that were indexed.
+    Raises DatasetShardError where the dataset shard cannot be used, LeaseError once the lease is another's. Nothing is
+    visible before the commits, which come last and only if the shard still holds the bytes that were indexed.
     """
+    if unit.lease:  # another driver may do this unit by now
+        backend = FencedBackend(backend, Fence(backend, unit.lease))
     reader = ShardReader(unit.location, unit.images)
     samples = SampleRows.empty(unit.rows_per_shard)
     running = [teachers[job.name] for job in unit.teachers]

@@ -32,7 +32,13 @@ class Upload(Protocol):
 
 
 class Backend(Protocol):
-    """Objects by relative path with forward slashes; written whole or not at all, durable when the call returns."""
+    """Objects by relative path with forward slashes; written whole or not at all, durable when the call returns.
+
+    concurrency  requests that are worth sending at a time: 1 where an answer takes no time to come
+    """
+
+    @property
+    def concurrency(self) -> int: ...
 
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
@@ -87,11 +93,20 @@ class Backend(Protocol):
         """Whether anything was ever written here."""
 
 
+def _object_backend(location: str, token: str | None) -> Backend:
+    from statsvc.backends.objectstore import ObjectBackend  # here: whoever works on local files need not load obstore
+
+    return ObjectBackend(location, token)
+
+
 # From a location and a token.
 BACKENDS: dict[str, Callable[[str, str | None], Backend]] = {
     "file": lambda location, _: LocalBackend(location.removeprefix("file://")),
     "http": HttpBackend,
     "https": HttpBackend,
+    "s3": _object_backend,
+    "gs": _object_backend,
+    "az": _object_backend,
 }
 
 
@@ -103,5 +118,8 @@ def backend(location: str, token: str | None = None) -> Backend:
     scheme, separator, _ = location.partition("://")
     kind = scheme.lower() if separator else "file"
     if kind not in BACKENDS:
-        raise PlanError(f"store {location!r}: no storage is named {scheme!r}; give a plain path or http://host:8000")
+        raise PlanError(
+            f"store {location!r}: no storage is named {scheme!r}; give a plain path, s3://bucket/prefix or "
+            "http://host:8000"
+        )
     return BACKENDS[kind](location, token)

@@ -39,6 +39,10 @@ class CachedBackend:
         self._backend, self._cache, self._location = backend, cache, location
         self._begin()
 
+    @property
+    def concurrency(self) -> int:
+        return self._backend.concurrency
+
     def __reduce__(self) -> tuple[type[CachedBackend], tuple[Backend, DiskCache, str]]:
         return CachedBackend, (self._backend, self._cache, self._location)
 

@@ -22,6 +22,8 @@ RESTARTS = 3  # of an object that is replaced again and again, or cannot be resu
 class HttpBackend:
     """The objects of one service. Rows and chunks are of the committed object or none: the ETag is its checksum."""
 
+    concurrency = 8
+
     def __init__(self, location: str, token: str | None = None) -> None:
         """`token` is that of the service; without it, the environment variable STATSVC_TOKEN."""
         self._service = Service(location, token)

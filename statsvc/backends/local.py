@@ -9,7 +9,8 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import accumulate, takewhile
@@ -30,6 +31,8 @@ NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.E
 
 class LocalBackend:
     """Publishes by writing a partial file, fsync, rename and fsync of the folder."""
+
+    concurrency = 1
 
     def __init__(self, root: str) -> None:
         self.root = Path(root).expanduser()
@@ -122,8 +125,12 @@ class LocalBackend:
 
     def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
         target = self._file(path)
-        _make_folder(target.parent)
-        folder = os.open(target.parent, os.O_RDONLY)
+        if expected is None and data is not None:  # else there must be one: a store that was removed stays away
+            _make_folder(target.parent)
+        try:
+            folder = os.open(target.parent, os.O_RDONLY)
+        except FileNotFoundError:
+            return expected is None
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # released with the descriptor, also by a process that dies
             try:
@@ -141,13 +148,26 @@ class LocalBackend:
             os.close(folder)
 
     def sweep(self) -> int:
-        swept = 0
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                if PARTIAL in name:
-                    Path(folder, name).unlink(missing_ok=True)
-                    swept += 1
-        return swept
+        partials = self.partials()
+        for path in partials:
+            (self.root / path).unlink(missing_ok=True)
+        return len(partials)
+
+    def partials(self) -> Sequence[str]:
+        """Sorted paths of what writers have begun, or left behind when they died."""
+        folders, found = deque([self._root]), deque[str]()
+        while folders:
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                        elif PARTIAL in entry.name:
+                            found.append(entry.path.removeprefix(f"{self._root}/"))
+            except OSError as error:
+                if error.errno not in NOTHING_THERE:
+                    raise
+        return sorted(found)
 
     def free_bytes(self) -> int | None:
         existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())

@@ -7,16 +7,14 @@ Suffixes: S = dataset shards, C = rows of a dataset shard, N = rows of a dataset
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from statsvc.backends.cached import CachedBackend
 from statsvc.errors import AbsentRow, NotFound, PlanError
 from statsvc.layout import BEYOND_RANGE, STATUS_NAMES
 from statsvc.ledger import Commit
@@ -27,7 +25,6 @@ Missing = Literal["error", "skip", "mask"]
 Chosen = Mapping[str, Mapping[str, Targets]]  # of each teacher, by output
 OF_IMAGES = STATUS_NAMES[:3]  # the statuses that all teachers share
 SHOWN = 3  # rows that an error lists
-READERS = 8  # threads that ask a service
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +59,12 @@ def take_census(store: Store, chosen: Chosen, missing: Missing, only: Iterable[i
     if missing not in ("error", "skip", "mask"):
         raise PlanError(f"missing {missing!r} is none of 'error', 'skip', 'mask'")
     wanted = _shards(store, only)
-    if isinstance(store.backend, CachedBackend):
-        _read_commits(store, chosen, wanted)
     counting = _Counting(store, chosen, missing)
-    counts = {shard: counting.count(shard) for shard in wanted}
+    scans = [store.ledger.scan("cache", name, _set(chosen[name]), wanted) for name in chosen]
+    counts = {
+        shard: counting.count(shard, dict(zip(chosen, (commit for _, commit in found), strict=True)))
+        for shard, *found in zip(wanted, *scans, strict=True)
+    }
     shards = [shard for shard, count in counts.items() if count]
     if not shards:
         raise NotFound(
@@ -87,16 +86,6 @@ def _shards(store: Store, only: Iterable[int] | None) -> list[int]:
     return chosen
 
 
-def _read_commits(store: Store, chosen: Chosen, shards: list[int]) -> None:
-    """Have the ledger read what a remote store is about to be asked for, several at a time."""
-
-    def read(commit: tuple[str, int]) -> None:
-        store.ledger.read("cache", commit[1], commit[0], _set(chosen[commit[0]]))
-
-    with ThreadPoolExecutor(READERS) as pool:
-        deque(pool.map(read, [(name, shard) for name in chosen for shard in shards]), maxlen=0)
-
-
 class _Counting:
     def __init__(self, store: Store, chosen: Chosen, missing: Missing) -> None:
         self._store, self._chosen, self._missing = store, chosen, missing
@@ -104,9 +93,8 @@ class _Counting:
         self.lacking: Counter[str] = Counter(dict.fromkeys(chosen, 0))
         self.looked_at: dict[int, NDArray[np.int64]] = {}
 
-    def count(self, shard: int) -> int:
-        """The rows of a dataset shard that are used."""
-        commits = {name: self._commit(shard, name) for name in self._chosen}
+    def count(self, shard: int, commits: Mapping[str, Commit | None]) -> int:
+        """The rows of a dataset shard that are used, by the commits of the teachers."""
         there = [commit for commit in commits.values() if commit is not None]
         self.undecodable += (there[0].status or {}).get("undecodable", 0) if there else 0
         if len(there) == len(commits) and all(_is_plain(commit, there[0]) for commit in there):
@@ -144,9 +132,6 @@ class _Counting:
             )
         reasons = [f"{f.key!r} at position {f.position} ({f.reason})" for f in commit.failed[:SHOWN]]
         return f"teacher {teacher} has no target of {count} rows of {what}: {', '.join(reasons)}; {ways}"
-
-    def _commit(self, shard: int, teacher: str) -> Commit | None:
-        return self._store.ledger.read("cache", shard, teacher, _set(self._chosen[teacher]))
 
 
 def _is_plain(commit: Commit, other: Commit) -> bool:

@@ -46,8 +46,10 @@ class Engine(Protocol):
     def start(self) -> Ready:
         """Load every teacher. Raises PlanError where one cannot be loaded."""
 
-    def run(self, units: Iterable[Unit], on_images: Callable[[int], None]) -> Iterator[Result]:
+    def run(self, units: Iterable[Unit], on_images: Callable[[Unit, int], None]) -> Iterator[Result]:
         """Do units, pulled as workers become free, in any order; retry what fails, give up after ATTEMPTS.
+
+        on_images  is told of so many views of a unit that are through; of fewer than none where they are lost again
 
         Raises StoreError where the store cannot be written.
         """

@@ -55,7 +55,7 @@ class InlineEngine:
         answers = [self._await_ready(number) for number in range(len(self._workers))]
         return answers[0]
 
-    def run(self, units: Iterable[Unit], on_images: Callable[[int], None]) -> Iterator[Result]:
+    def run(self, units: Iterable[Unit], on_images: Callable[[Unit, int], None]) -> Iterator[Result]:
         source, again, attempts = iter(units), deque[Unit](), dict[tuple[str, int], int]()
         while True:
             for number, worker in enumerate(self._workers):
@@ -70,17 +70,18 @@ class InlineEngine:
             for connection in wait(list(by_connection), POLL_SECONDS):
                 worker = by_connection[connection]  # type: ignore[index]
                 message = _receive(worker)
+                unit = worker.unit
+                assert unit is not None  # it was busy
                 if isinstance(message, Images):
                     worker.images += message.count
-                    on_images(message.count)
+                    on_images(unit, message.count)
                     continue
-                unit, worker.unit = worker.unit, None
-                assert unit is not None  # it was busy
+                worker.unit = None
                 if isinstance(message, Done):
                     worker.images = 0
                     yield Result(unit)
                     continue
-                on_images(-worker.images)  # they will be done again, or not at all
+                on_images(unit, -worker.images)  # they will be done again, or not at all
                 worker.images = 0
                 failure = message if isinstance(message, Failed) else _death(worker)
                 log.debug("%s of %s failed: %s", unit.phase, unit.name, failure.details)
