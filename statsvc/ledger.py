@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from statsvc.ahead import ahead
 from statsvc.backends import Backend
 from statsvc.canonical import canonical_json
 from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.layout import commit_folder, commit_path
 
-READ_AHEAD = 4  # commits for each of the requests that storage takes at a time
+PILOT_NAME = re.compile(r"[0-9a-f]{16}\.json")
 COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
@@ -94,7 +93,12 @@ class Commit:
 
 def seal(content: dict[str, Any]) -> bytes:
     """Canonical JSON with a crc32c of itself."""
-    return canonical_json({**content, "crc32c": crc32c_hex(crc32c(canonical_json(content)))})
+    return canonical_json(with_checksum(content))
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a crc32c of it as canonical JSON."""
+    return {**content, "crc32c": crc32c_hex(crc32c(canonical_json(content)))}
 
 
 def unseal(path: str, data: bytes) -> dict[str, Any]:
@@ -149,23 +153,12 @@ class Ledger:
 
         For all of a large store: what was read is not kept, and storage that answers late is asked ahead.
         """
-        wanted = iter(self.shards(phase, teacher, set_) if shards is None else shards)
-        if self._backend.concurrency == 1:
-            for shard in wanted:
-                yield shard, self.load(commit_path(phase, shard, teacher, set_))
-            return
-        ahead: deque[tuple[int, Future[Commit | None]]] = deque()
-        with ThreadPoolExecutor(self._backend.concurrency) as pool:
-            try:
-                for shard in wanted:
-                    ahead.append((shard, pool.submit(self.load, commit_path(phase, shard, teacher, set_))))
-                    if len(ahead) >= READ_AHEAD * self._backend.concurrency:
-                        first, found = ahead.popleft()
-                        yield first, found.result()
-                for first, found in ahead:
-                    yield first, found.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        wanted = self.shards(phase, teacher, set_) if shards is None else shards
+
+        def load(shard: int) -> tuple[int, Commit | None]:
+            return shard, self.load(commit_path(phase, shard, teacher, set_))
+
+        return ahead(load, wanted, self._backend.concurrency)
 
     def load(self, path: str) -> Commit | None:
         """The commit at a path, or None where that unit was not done; nothing is kept."""
@@ -180,6 +173,12 @@ class Ledger:
         """Make a unit visible. Everything it names must be published already."""
         self._backend.write(commit.path, commit.to_bytes())
         self._read[commit.path] = commit
+
+
+def pilots(backend: Backend) -> list[str]:
+    """Paths of the records of pilots."""
+    folder = commit_folder("pilot")
+    return [f"{folder}/{name}" for name in backend.list(folder) if PILOT_NAME.fullmatch(name)]
 
 
 def teachers_with_commits(backend: Backend) -> list[str]:

@@ -20,7 +20,9 @@ from api.settings import Settings
 from statsvc.plan import Plan
 from statsvc.progress import Display
 from statsvc.store import Store, open_store
+from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.plans import TINY_SIGLIP
+from tests.s3_server import S3Server, s3_server
 from tests.service import Running, serving
 from tests.tiny import InProcess, photographs, seen_by, write_tar
 from workers.decoders import Decoders
@@ -196,6 +198,44 @@ def service_once(finished_once: Finished) -> Iterator[Running]:
     """The service of the finished store, for tests that leave it as it is."""
     with serving(finished_once.path) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def s3_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real object storage, for all tests that want one."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_once: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The same, and this process and those that it starts find it by their environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_once.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_once
+
+
+@pytest.fixture
+def s3_store(s3: S3Server) -> str:
+    """s3://bucket/prefix where nothing lies yet."""
+    return s3.location()
+
+
+@pytest.fixture
+def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Before that server: whoever follows the environment goes through it."""
+    with faulty_proxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+@pytest.fixture
+def impatient_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ever, but half a second of silence is enough, and there is less of every wait."""
+    for name, value in (("SILENT_SECONDS", 0.5), ("RETRIES", 2), ("PAUSE_SECONDS", 0.05)):
+        monkeypatch.setattr(f"statsvc.backends.objectclient.{name}", value)
 
 
 @pytest.fixture(autouse=True)

@@ -191,7 +191,7 @@ class BackendContract(ReadingContract):
         with pytest.raises(FileNotFoundError):
             storage.read(path)
         with pytest.raises(FileNotFoundError):
-            storage.view(path)
+            storage.view(path) or storage.read(path)  # None: it cannot view anything
         assert storage.size(path) is None
         storage.remove(path)
         assert storage.read("folder/object") == b"1"
@@ -272,7 +272,7 @@ class BackendContract(ReadingContract):
             while writer.poll() is None:
                 for read in (storage.read, storage.view):
                     try:
-                        data = bytes(read("object") or b"")
+                        data = bytes(read("object") or storage.read("object"))
                     except FileNotFoundError:
                         continue
                     assert data == data[:1] * (4096 * data[0])
@@ -374,7 +374,11 @@ class BackendContract(ReadingContract):
             assert storage.size("") is None
             storage.write("object", b"1")
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=200,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+    )
     @given(path=st.text(st.sampled_from("./\\a~$%*\0é"), max_size=8))
     def test_no_path_ever_leads_outside(self, tmp_path: Path, location: str, storage: Backend, path: str) -> None:
         try:

@@ -11,9 +11,9 @@ import pytest
 
 import statsvc.backends.fenced
 from statsvc.backends import Backend
-from statsvc.backends.fenced import Fence, FencedBackend
+from statsvc.backends.fenced import BELIEVED_SECONDS, LOOK_SECONDS, LOOKS, Fence, FencedBackend
 from statsvc.backends.local import LocalBackend
-from statsvc.errors import LeaseError
+from statsvc.errors import LeaseError, StoreError
 from statsvc.layout import LEASE
 
 WRITES: dict[str, Callable[[Backend], Any]] = {
@@ -98,9 +98,40 @@ def test_a_look_that_takes_long_is_believed_for_as_long_as_a_twentieth_of_the_ti
     storage.seconds = 0.02
     fenced.write("object", b"1")
     storage.write(LEASE, b'{"token": "of another"}')
-    storage.now += 0.39
+    storage.now += 0.37
     fenced.write("object", b"2")
     assert storage.reads == 1
     storage.now += 0.02
     with pytest.raises(LeaseError):
         fenced.write("object", b"3")
+
+
+@pytest.mark.parametrize("seconds", [0.5, 0.99, 4.9])
+def test_no_look_is_believed_for_longer_than_a_second_after_it_began(
+    storage: Slow, fenced: FencedBackend, seconds: float
+) -> None:
+    storage.seconds = seconds
+    fenced.write("object", b"1")
+    storage.write(LEASE, b'{"token": "of another"}')
+    storage.now += max(BELIEVED_SECONDS - seconds, 0)
+    with pytest.raises(LeaseError):
+        fenced.write("object", b"2")
+
+
+def test_an_answer_that_we_slept_over_is_asked_for_again(storage: Slow, fenced: FencedBackend) -> None:
+    def read_and_sleep(path: str) -> bytes:
+        data = LocalBackend.read(storage, path)
+        storage.now += 3600  # meanwhile the lease is taken over
+        storage.write(LEASE, b'{"token": "of another"}')
+        return data
+
+    storage.read = read_and_sleep  # type: ignore[method-assign]
+    with pytest.raises(LeaseError, match="another driver took this store over"):
+        fenced.write("object", b"1")
+
+
+def test_a_storage_that_never_answers_in_time_is_not_written(storage: Slow, fenced: FencedBackend) -> None:
+    storage.seconds = LOOK_SECONDS + 1
+    with pytest.raises(StoreError, match=f"within {LOOK_SECONDS:.0f} s, {LOOKS} times"):
+        fenced.write("object", b"1")
+    assert LocalBackend.read(storage, "object") == b"old"

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statsvc.ahead import AHEAD
 from statsvc.backends import Backend, backend
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import DamagedObject
 from statsvc.layout import commit_path
-from statsvc.ledger import READ_AHEAD, Commit, Failure, Ledger, ObjectRecord, attributes
+from statsvc.ledger import Commit, Failure, Ledger, ObjectRecord, attributes
 
 INDEX = Commit(
     phase="index",
@@ -329,7 +330,7 @@ def test_a_scan_of_far_away_storage_asks_ahead_but_not_without_bound(tmp_path: P
     assert next(scan)[0] == 0
     scan.close()  # type: ignore[attr-defined]
     assert storage.most <= storage.concurrency
-    assert storage.reads <= READ_AHEAD * storage.concurrency
+    assert storage.reads <= AHEAD * storage.concurrency
     list(Ledger(storage).scan("index"))
     assert storage.most == storage.concurrency
 

@@ -115,6 +115,8 @@ def backend(location: str, token: str | None = None) -> Backend:
 
     Raises PlanError for a kind of storage that is not in BACKENDS, and for a URL that is none.
     """
+    if (typed := location.partition(":/")[0].lower()) in BACKENDS and "://" not in location:
+        raise PlanError(f"store {location!r}: one slash is missing, it looks like {typed}://...")
     scheme, separator, _ = location.partition("://")
     kind = scheme.lower() if separator else "file"
     if kind not in BACKENDS:

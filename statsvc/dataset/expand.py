@@ -11,7 +11,7 @@ from pathlib import Path
 import braceexpand
 
 from statsvc.dataset.folder import FolderShard, cut_folder
-from statsvc.dataset.urls import check_url, file_name, is_url, shown
+from statsvc.dataset.urls import BUCKETS, SCHEMES, check_url, file_name, in_bucket, is_url, shown
 from statsvc.errors import PlanError
 from statsvc.plan import Data
 
@@ -21,10 +21,12 @@ class DatasetShard:
     """Its name in the store, and where it lies now. Only the name is kept in the store's objects.
 
     location  path or URL of a tar, or a part of a folder
+    nbytes    of the tar, where a list of a bucket told it
     """
 
     name: str
     location: str | FolderShard
+    nbytes: int | None = None
 
 
 def expand(data: Data) -> list[DatasetShard]:
@@ -32,7 +34,7 @@ def expand(data: Data) -> list[DatasetShard]:
     found: dict[str, DatasetShard] = {}
     folders: dict[str, str] = {}
     for pattern in data.shards:
-        for location in _expand_one(pattern):
+        for location, nbytes in _expand_one(pattern):
             if not is_url(location) and Path(location).is_dir():
                 if (folder := os.path.realpath(location)) not in folders:
                     folders[folder] = location
@@ -40,7 +42,7 @@ def expand(data: Data) -> list[DatasetShard]:
                         _add(found, DatasetShard(part.name, part))
             else:
                 name = file_name(location) if is_url(location) else Path(location).name
-                _add(found, DatasetShard(name, location))
+                _add(found, DatasetShard(name, location, nbytes))
     _refuse_nested(folders)
     return [found[name] for name in sorted(found)]
 
@@ -73,8 +75,8 @@ def _refuse_nested(folders: dict[str, str]) -> None:
                 )
 
 
-def _expand_one(pattern: str) -> list[str]:
-    """Paths and URLs. What is local exists."""
+def _expand_one(pattern: str) -> list[tuple[str, int | None]]:
+    """Paths and URLs, with the sizes that a list told. What is local exists."""
     _refuse_strange(pattern)
     try:
         locations = list(braceexpand.braceexpand(pattern))
@@ -82,16 +84,23 @@ def _expand_one(pattern: str) -> list[str]:
         raise PlanError(
             f"data.shards: {shown(pattern)!r} has unbalanced braces; write it like {{000000..000099}}"
         ) from error
-    expanded: list[str] = []
+    expanded: list[tuple[str, int | None]] = []
     for location in locations:
         _refuse_strange(location)
         if is_url(location):
             check_url(location)
-            expanded.append(location)
+            expanded += _listed(location) if in_bucket(location) and glob.has_magic(location) else [(location, None)]
         else:
             # A Path would change what messages show.
-            expanded += _local(os.path.expanduser(location.removeprefix("file://")))  # noqa: PTH111
+            local = _local(os.path.expanduser(location.removeprefix("file://")))  # noqa: PTH111
+            expanded += [(path, None) for path in local]
     return expanded
+
+
+def _listed(pattern: str) -> list[tuple[str, int]]:
+    from statsvc.dataset.objects import matching  # here: whoever names no bucket need not load obstore
+
+    return matching(pattern)
 
 
 def _local(location: str) -> Iterable[str]:
@@ -113,13 +122,8 @@ def _refuse_strange(pattern: str) -> None:
             f"data.shards: {shown(pattern)!r} would run a command; name tar files, and fetch them beforehand"
         )
     scheme = pattern.partition("://")[0].lower()
-    if scheme == "s3":
+    if "://" in pattern and scheme.isalnum() and scheme not in ("file", *SCHEMES, *BUCKETS):
         raise PlanError(
-            f"data.shards: {shown(pattern)!r}: s3:// cannot be read yet; use https:// URLs of its objects (signed "
-            "ones, where the bucket is private), or copy the shards"
-        )
-    if "://" in pattern and scheme.isalnum() and scheme not in ("file", "http", "https"):
-        raise PlanError(
-            f"data.shards: {shown(pattern)!r} is neither a local path nor https://; copy the shards or mount their "
-            "storage"
+            f"data.shards: {shown(pattern)!r} is neither a local path nor https:// or s3://; copy the shards or "
+            "mount their storage"
         )

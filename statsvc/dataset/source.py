@@ -1,6 +1,6 @@
-"""Where the bytes of a dataset shard come from: a local tar, a URL, or files of a folder. All are read in order, once.
+"""Where the bytes of a dataset shard come from: a local tar, a URL, an object of a bucket, or files of a folder.
 
-A new kind of source is one new file and one line in `open_source`.
+All are read in order, once. A new kind of source is one new file and one line in `open_source`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from statsvc.dataset.folder import FileStream, FolderShard
-from statsvc.dataset.urls import is_url, shown
+from statsvc.dataset.urls import in_bucket, is_url, shown
 
 Location = str | Path | FolderShard | memoryview  # the latter of a tar that is in memory already
 
@@ -55,13 +55,27 @@ def open_source(location: Location) -> Source:
         return FileStream(location)
     if isinstance(location, memoryview):
         return InMemory(location)
+    # Imported here, because a run over local files should not wait for it.
+    if isinstance(location, str) and in_bucket(location):
+        from statsvc.dataset.objects import ObjectFile
+
+        return ObjectFile(location)
     if isinstance(location, str) and is_url(location):
-        from statsvc.dataset.remote import (
-            RemoteFile,  # here, because a run over local files should not wait for its import
-        )
+        from statsvc.dataset.remote import RemoteFile
 
         return RemoteFile(location)
     return LocalFile(location)
+
+
+def read_small(url: str, limit: int) -> bytes | None:
+    """What lies at a URL, if it has at most so many bytes; None where it cannot be had."""
+    if in_bucket(url):
+        from statsvc.dataset import objects
+
+        return objects.read_small(url, limit)
+    from statsvc.dataset import remote
+
+    return remote.read_small(url, limit)
 
 
 def size_of(location: Location) -> int | None:

@@ -8,10 +8,15 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from statsvc.errors import PlanError
 
 SCHEMES = ("http", "https")
+BUCKETS = ("s3", "gs", "az")
 
 
 def is_url(location: str) -> bool:
-    return location.lower().startswith(("http://", "https://"))
+    return location.partition("://")[0].lower() in (*SCHEMES, *BUCKETS) and "://" in location
+
+
+def in_bucket(location: str) -> bool:
+    return is_url(location) and location.partition("://")[0].lower() in BUCKETS
 
 
 def shown(location: str) -> str:
@@ -23,6 +28,8 @@ def shown(location: str) -> str:
 
 def file_name(url: str) -> str:
     """The last part of its path: what its dataset shard is called."""
+    if in_bucket(url):
+        return url.rpartition("/")[2]
     encoded = urlsplit(url).path.rpartition("/")[2]
     decoded = unquote(encoded, errors="surrogateescape")
     return decoded if decoded.isprintable() and "/" not in decoded else encoded
@@ -30,12 +37,17 @@ def file_name(url: str) -> str:
 
 def beside(url: str, name: str) -> str:
     """The URL of another file in the same folder."""
+    if in_bucket(url):
+        return f"{url.rpartition('/')[0]}/{name}"
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}", fragment=""))
 
 
 def check_url(url: str) -> None:
     """Raises PlanError for a URL that can name no file."""
+    if in_bucket(url):
+        _check_bucket(url)
+        return
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -53,3 +65,19 @@ def check_url(url: str) -> None:
         )
     if not file_name(url):
         raise PlanError(f"data.shards: {shown(url)!r} names a folder; name its tars, with braces for many")
+
+
+def _check_bucket(url: str) -> None:
+    scheme, _, rest = url.partition("://")
+    bucket, _, path = rest.partition("/")
+    folders = path.split("/")[:-1]
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket) or re.search(r"[?#\x00-\x1f\x7f]", path):
+        raise PlanError(
+            f"data.shards: {shown(url)!r} is no object of a bucket; it looks like {scheme.lower()}://bucket/folder/"
+            "train-{000000..000099}.tar, and its credentials stand in the environment"
+        )
+    if {"", ".", ".."} & set(folders):
+        raise PlanError(f"data.shards: {shown(url)!r} has an empty part, . or .. between two /; write the plain path")
+    if not path or path.endswith("/"):
+        every = f"{shown(url).rstrip('/')}/*.tar"
+        raise PlanError(f"data.shards: {shown(url)!r} names a folder; name its tars: {every} for all of them")
