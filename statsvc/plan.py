@@ -1,82 +1,27 @@
-"""What a user asks for: one YAML file, one frozen model, one sentence per mistake."""
+"""What a user asks for: every key of a plan, its rule and what it means."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from statsvc.codec import CODECS
-from statsvc.document import read_document, show
-from statsvc.errors import PlanError
+from statsvc.document import show
 from statsvc.normalizations import METHODS
+from statsvc.section import Section, one_of, read_section
 from statsvc.views import RANDOM
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-# What pydantic calls the rules that a plan can break, in the words of a plan.
-RULES = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text (in quotes where YAML reads something else)",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "too_short": "at least one entry",
-    "string_too_short": "a name",
-}
-# The last part of the place of a mistake, where a value may be of several types; what cannot be such a mistake.
-UNION_MEMBERS = ("int", "float", "str", "bool", "constrained-int", "literal['all']", "literal['auto']", "[key]")
-MAPPING = "dict[str,constrained-int]"
-OF_SECTIONS = ("extra_forbidden", "missing", "model_type")
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0.01, le=100)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 OF_RANDOM_CROPS: dict[str, Any] = {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5}
+ENGINES = ("inline", "ray")
+HOST_PORT = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-
-
-def one_of(table: Any) -> BeforeValidator:
-    """A value that must be a key of a table, so that a new entry there is a new choice here."""
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, str):
-            raise ValueError(f"{show(value)} is not one of {', '.join(table)}")
-        if value not in table:
-            raise ValueError(f"{show(value)} is not one of {', '.join(table)}{nearest(value, table)}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def nearest(word: str, valid: Any) -> str:
-    """A question that names the valid word nearest to a misspelt one, or nothing."""
-    match = difflib.get_close_matches(word, list(valid), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-class Section(BaseModel):
-    """Strict: an unknown key or a value of another type is refused, never guessed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-Document = TypeVar("Document", bound=Section)
 
 
 class Data(Section):
@@ -84,7 +29,7 @@ class Data(Section):
 
     shards: tuple[str, ...] = Field(
         min_length=1,
-        description="tar files or folders of images: paths, globs, https:// URLs, braces {000..099}, or a list",
+        description="tar files or folders of images: paths, globs, https:// or s3:// URLs, braces {000..099}, a list",
     )
     images: tuple[str, ...] = Field(
         ("jpg", "jpeg", "png", "webp"),
@@ -250,11 +195,50 @@ class Targets(Section):
 
 
 class Engine(Section):
-    """What runs the work. Nothing here but batch_size changes a number."""
+    """What runs the work. Nothing here changes a number but batch_size and, on the first run, cpus_per_worker."""
 
-    kind: Literal["inline"] = Field("inline", description="one worker process per visible GPU, or one on the CPU")
+    kind: Annotated[str, one_of(ENGINES)] = Field(
+        "inline",
+        description="inline: one worker process per visible GPU, or one on the CPU; ray: workers on the nodes of a Ray "
+        "cluster, one for each GPU, or as many as the CPUs allow",
+    )
+    address: str | None = Field(
+        None,
+        description="of the Ray cluster: local, a cluster of its own on this machine; auto, the one that this machine "
+        "is a node of; or host:port of the head. null: local",
+    )
+    gpus: PositiveInt | Literal["all"] | None = Field(
+        None, description="GPUs of the Ray cluster that are used at most; null: all, or none where it has none"
+    )
+    cpus_per_worker: PositiveInt | None = Field(
+        None,
+        description="CPUs for each worker, and torch threads of a new store; null: inline, all of the machine's; "
+        "ray, 4 of them or as many as this machine has: more threads gain little, and each worker holds all teachers",
+    )
     batch_size: PositiveInt | Literal["auto"] = "auto"
     decoders: PositiveInt | Literal["auto"] = Field("auto", description="decoder processes of each worker")
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is None or value in ("local", "auto") or HOST_PORT.fullmatch(value):
+            return value
+        if value.startswith("ray://"):
+            raise ValueError(
+                f"{show(value)} is for Ray Client, which has no part in a cluster; give host:port of the head without "
+                "ray://, the port that `ray start --head --port` names (6379), and run on a node of the cluster"
+            )
+        raise ValueError(f"{show(value)} is wrong; it must be local, auto, or host:port of the head of a Ray cluster")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        if self.kind == "inline" and self.address is not None:
+            raise ValueError("address is for kind: ray, not inline; remove it, or set kind: ray")
+        if self.kind == "inline" and self.gpus is not None:
+            raise ValueError(
+                "gpus is for kind: ray, inline uses every visible GPU; remove it, or set CUDA_VISIBLE_DEVICES"
+            )
+        return self
 
 
 class Plan(Section):
@@ -291,56 +275,3 @@ def read_plan(path: Path, store: str | None = None) -> Plan:
     Raises PlanError with one sentence per mistake: key, value, rule, way out.
     """
     return read_section(path, Plan, "plan", {} if store is None else {"store": store})
-
-
-def read_section(path: Path, model: type[Document], name: str, changes: dict[str, Any]) -> Document:
-    """What a YAML file holds as a model, with some keys changed; `name` is what users call such a file.
-
-    Raises PlanError with one sentence per mistake: key, value, rule, way out.
-    """
-    document = read_document(path, name)
-    if not isinstance(document, dict):
-        raise PlanError(f"{path}: a {name} is a mapping with the keys {', '.join(model.model_fields)}")
-    try:
-        return model.model_validate(document | changes)
-    except ValidationError as error:
-        raise PlanError("\n".join(f"{path}: {sentence}" for sentence in _sentences(error, model, name))) from error
-
-
-def _sentences(error: ValidationError, model: type[Section], name: str) -> list[str]:
-    """One sentence for each wrong key: the value, the rule, the way out."""
-    rules: dict[str, list[str]] = {}
-    misspelt: set[str] = set()
-    for mistake in error.errors():
-        keys, value = [str(part) for part in mistake["loc"] if part != MAPPING] or [name], mistake["input"]
-        if keys[-1] in UNION_MEMBERS and mistake["type"] not in OF_SECTIONS:
-            keys.pop()
-        key = ".".join(keys)
-        match mistake["type"]:
-            case "extra_forbidden":
-                valid = _valid_keys(model, keys[:-1])
-                misspelt.update(difflib.get_close_matches(keys[-1], valid, n=1))
-                rules[f"unknown key {key}"] = [
-                    f"{show(value)}; the keys here are {', '.join(valid)}{nearest(keys[-1], valid)}"
-                ]
-            case "missing":
-                rules[f"missing key {key}"] = ["add it"]
-            case "value_error":
-                rules[key] = [f"{mistake['ctx']['error']}"]
-            case _:
-                rule = RULES.get(mistake["type"], mistake["msg"].removeprefix("Input should be "))
-                rules[key] = [*rules[key], rule] if key in rules else [f"{show(value)} is wrong; it must be {rule}"]
-    return [
-        f"{key}: {' or '.join(parts)}"
-        for key, parts in rules.items()
-        if not (key.startswith("missing key") and re.split(r"[. ]", key)[-1] in misspelt)
-    ]
-
-
-def _valid_keys(model: type[Section], place: list[str]) -> list[str]:
-    """The keys of the section at that place of a document."""
-    found: Any = model
-    for key in place:
-        # Below a mapping, keys are the user's own, and all values are of one kind.
-        found = found.model_fields[key].annotation if hasattr(found, "model_fields") else get_args(found)[1]
-    return list(found.model_fields)

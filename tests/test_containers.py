@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from statsvc.plan import read_plan
+
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 COMPOSE_FILES = {"gpu": ROOT / "docker-compose.yml", "cpu": ROOT / "docker" / "compose.cpu.yml"}
@@ -74,3 +76,25 @@ def test_every_setting_of_the_compose_files_is_explained_at_their_head() -> None
     used = set(re.findall(r"\$\{(STATSVC_\w+)", body)) | set(re.findall(r"^ +(STATSVC_\w+):$", body, re.MULTILINE))
     assert len(used) >= 8
     assert used == set(re.findall(r"^#   (STATSVC_\w+)", head, re.MULTILINE))
+
+
+def test_machines_of_a_ray_cluster_run_the_worker_of_the_base_and_their_settings_are_explained() -> None:
+    explained = (ROOT / "docker" / "compose.base.yml").read_text().partition("\nservices:")[0]
+    explained += (ROOT / "docker" / "compose.ray-head.yml").read_text().partition("\nservices:")[0]
+    for name, services in (("head", {"worker", "api"}), ("worker", {"gpu", "cpu"})):
+        path = ROOT / "docker" / f"compose.ray-{name}.yml"
+        document = compose(path)
+        assert set(document["services"]) == services
+        nodes = [node for service, node in document["services"].items() if service != "api"]
+        assert all(node["extends"] == {"file": "compose.base.yml", "service": "worker"} for node in nodes)
+        # One image, one network and one token for all: else they do not find, or do not trust, one another.
+        assert {(node["image"], node["network_mode"]) for node in nodes} == {("statsvc-worker:ray", "host")}
+        assert {node["environment"]["RAY_AUTH_TOKEN_PATH"] for node in nodes} == {"/ray-token"}
+        for setting in re.findall(r"\$\{(STATSVC_\w+)", path.read_text()):
+            assert f"#   {setting} " in explained
+
+
+def test_the_plan_of_the_ray_example_is_the_demo_on_another_engine() -> None:
+    demo, ray = (read_plan(ROOT / "docker" / "plans" / f"{name}.yaml") for name in ("demo", "ray"))
+    assert ray.engine.kind == "ray"
+    assert ray.model_dump(exclude={"engine"}) == demo.model_dump(exclude={"engine"})

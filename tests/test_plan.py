@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from statsvc.errors import PlanError
-from statsvc.plan import Plan, nearest, read_plan
+from statsvc.plan import Plan, read_plan
+from statsvc.section import nearest
 
 # DESIGN.md section 4, without what later versions bring: other engines, other dtypes, other views.
 EXAMPLE = """\
@@ -346,7 +347,21 @@ def with_value(line: str) -> str:
             "statistics.tokens_per_image.a*: 0 is wrong; it must be greater than 0",
         ),
         ("teachers.dino.taps={patches: null, summary: null}", "...: every output is dropped; keep patches or summary"),
-        ("engine.kind=slurm", "engine.kind: 'slurm' is wrong; it must be 'inline'"),
+        ("engine.kind=slurm", "engine.kind: 'slurm' is not one of inline, ray"),
+        ("engine.kind=rai", "engine.kind: 'rai' is not one of inline, ray (did you mean 'ray'?)"),
+        ("engine.adress=auto", "unknown key engine.adress: 'auto'; ... (did you mean 'address'?)"),
+        ("engine={address: auto}", "engine: address is for kind: ray, not inline; remove it, or set kind: ray"),
+        ("engine={gpus: all}", "engine: gpus is for kind: ray, ...; remove it, or set CUDA_VISIBLE_DEVICES"),
+        ("engine={kind: ray, gpus: none}", "engine.gpus: 'none' is wrong; it must be a whole number or 'all'"),
+        ("engine={kind: ray, cpus_per_worker: 0}", "engine.cpus_per_worker: 0 is wrong; it must be greater than 0"),
+        (
+            "engine={kind: ray, address: head}",
+            "engine.address: 'head' is wrong; it must be local, auto, or host:port ...",
+        ),
+        (
+            "engine={kind: ray, address: 'ray://head:10001'}",
+            "engine.address: 'ray://head:10001' is for Ray Client, ...; give host:port of the head without ray://, ...",
+        ),
         ("engine.batch_size=big", "engine.batch_size: 'big' is wrong; it must be a whole number or 'auto'"),
         ("engine.decoders=-1", "engine.decoders: -1 is wrong; it must be greater than 0 or 'auto'"),
     ],

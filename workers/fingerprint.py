@@ -21,7 +21,7 @@ def settle(name: str, plan: Plan, resolved: Resolved, stored: dict[str, Fields])
     """
     before = stored.get(name, {})
     # One batch goes through all teachers on the same threads, so these two are one choice for the whole store.
-    shared = next(iter(stored.values()), None) or _defaults()
+    shared = next(iter(stored.values()), None) or _defaults(plan)
     precision, batch_size = resolved.plan.precision, plan.engine.batch_size
     if batch_size not in ("auto", shared["batch_size"]) and stored and not before:
         raise FingerprintMismatch(
@@ -33,7 +33,7 @@ def settle(name: str, plan: Plan, resolved: Resolved, stored: dict[str, Fields])
         "weights": resolved.weights,
         "taps": resolved.taps,
         **{key: value for key, value in asdict(resolved.preprocessing).items() if value is not None},
-        "precision": precision if precision != "auto" else (before or _defaults())["precision"],
+        "precision": precision if precision != "auto" else (before or _defaults(plan))["precision"],
         "views": plan.views.settings(),
         "batch_size": shared["batch_size"] if batch_size == "auto" else batch_size,
         "threads": shared["threads"],
@@ -57,16 +57,25 @@ def fingerprint(fields: Fields) -> str:
     return sha256(canonical_json(fields))
 
 
-def _defaults() -> Fields:
+def _defaults(plan: Plan) -> Fields:
     """What neither plan nor store say. Large batches on a GPU; on a CPU they only cost memory."""
     import torch
 
     cuda = torch.cuda.device_count()
+    # A driver may have no GPU, on the head of a cluster whose nodes have them.
+    on_gpus = cuda or isinstance(plan.engine.gpus, int)
     return {
-        "precision": "bfloat16" if cuda else "float32",
-        "batch_size": 128 if cuda else 16,
-        "threads": max(1, cores() // max(1, cuda)),
+        "precision": "bfloat16" if on_gpus else "float32",
+        "batch_size": 128 if on_gpus else 16,
+        "threads": worker_cpus(plan, cuda),
     }
+
+
+def worker_cpus(plan: Plan, sharing: int) -> int:
+    """CPUs for each worker, where so many share this machine."""
+    if plan.engine.cpus_per_worker is not None:
+        return plan.engine.cpus_per_worker
+    return min(4, cores()) if plan.engine.kind == "ray" else max(1, cores() // max(1, sharing))
 
 
 def cores() -> int:

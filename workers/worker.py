@@ -1,4 +1,4 @@
-"""A worker process: loads teachers once, then does one unit after the other until its driver goes away."""
+"""A worker: loads teachers once, then does one unit after the other. Here also as a process on the driver's machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from statsvc.backends import backend
 from statsvc.errors import DatasetShardError, PlanError, StatsvcError, StoreError, UnreadableShard
 from statsvc.layout import Output
+from workers.job import Unit
 from workers.teachers.base import Resolved
 
 # Of teachers: the module of each, and the package it comes in.
@@ -29,7 +32,7 @@ LIBRARIES = {
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """What a worker is started with."""
+    """What a worker is started with. device: as torch names it; auto: the first visible GPU, else the CPU."""
 
     store: str
     teachers: dict[str, Resolved]
@@ -66,9 +69,52 @@ class Failed:
     kind: str  # plan | store | shard | again
     message: str
     details: str
+    reusable: bool = False  # the process that says so can do the next unit
 
 
 Message = Ready | Images | Done | Failed
+
+
+class Worker:
+    """Teachers, and inside a `with` block the decoder processes that units need. Raises whatever loading raises."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        import torch
+
+        from workers.decoders import Decoders
+        from workers.teacher import LoadedTeacher
+
+        torch.set_num_threads(setup.threads)
+        # Where the plan says float32 it means it: by default CUDA convolutions drop 13 bits of each factor.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name if setup.device == "auto" else setup.device)
+        self._teachers = {
+            name: LoadedTeacher(name, resolved, device, setup.precisions[name])
+            for name, resolved in setup.teachers.items()
+        }
+        self.ready = Ready({name: t.outputs for name, t in self._teachers.items()}, _environment(device))
+        self._store = backend(setup.store)
+        self._decoders = Decoders(setup.decoders)
+
+    def __enter__(self) -> Self:
+        self._decoders.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._decoders.__exit__(kind, error, traceback)
+
+    def do(self, unit: Unit, on_images: Callable[[int], None]) -> Done | Failed:
+        """One unit. After a failure of kind `again`, nothing is known of this process's state: start another."""
+        from workers.unit import run_unit
+
+        try:
+            run_unit(unit, self._store, self._teachers, self._decoders, on_images)
+        except Exception as error:
+            return failed(error)
+        return Done()
 
 
 def main(connection: Connection[Any, Any], setup: WorkerSetup) -> None:
@@ -76,37 +122,21 @@ def main(connection: Connection[Any, Any], setup: WorkerSetup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
-        import torch
-
-        from workers.decoders import Decoders
-        from workers.teacher import LoadedTeacher
-        from workers.unit import run_unit
-
-        torch.set_num_threads(setup.threads)
-        # Where the plan says float32 it means it: by default CUDA convolutions drop 13 bits of each factor.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        device = torch.device(setup.device)
-        teachers = {
-            name: LoadedTeacher(name, resolved, device, setup.precisions[name])
-            for name, resolved in setup.teachers.items()
-        }
-        connection.send(Ready({name: t.outputs for name, t in teachers.items()}, _environment(device)))
+        worker = Worker(setup)
     except Exception as error:
-        connection.send(_failed(error))
+        connection.send(failed(error))
         return
-    store = backend(setup.store)
-    with Decoders(setup.decoders) as decoders:
+    connection.send(worker.ready)
+    with worker:
         while (unit := connection.recv()) is not None:
-            try:
-                run_unit(unit, store, teachers, decoders, lambda count: connection.send(Images(count)))
-                connection.send(Done())
-            except Exception as error:
-                connection.send(_failed(error))
-                if not isinstance(error, DatasetShardError):
-                    return  # whatever state this process is in, the next one starts clean
+            answer = worker.do(unit, lambda count: connection.send(Images(count)))
+            connection.send(answer)
+            if isinstance(answer, Failed) and not answer.reusable:
+                return  # whatever state this process is in, the next one starts clean
 
 
-def _failed(error: Exception) -> Failed:
+def failed(error: Exception) -> Failed:
+    """Who must act, for an error of a worker."""
     if isinstance(error, PlanError):
         kind = "plan"
     elif isinstance(error, (StoreError, OSError)):
@@ -118,7 +148,7 @@ def _failed(error: Exception) -> Failed:
     message = str(error) if isinstance(error, StatsvcError) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = "the disk of the store is full; free some space, then run the same command to go on"
-    return Failed(kind, message, traceback.format_exc())
+    return Failed(kind, message, traceback.format_exc(), reusable=isinstance(error, DatasetShardError))
 
 
 def _environment(device: Any) -> dict[str, str]:

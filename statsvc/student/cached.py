@@ -15,7 +15,8 @@ import torch
 from statsvc.errors import NotFound, PlanError
 from statsvc.layout import digest_of_fit, raw_set_name, set_name
 from statsvc.ledger import attributes
-from statsvc.plan import Plan, nearest
+from statsvc.plan import Plan
+from statsvc.section import nearest
 from statsvc.store import Teacher, open_store
 from statsvc.student.dataset import TargetDataset
 from statsvc.student.recipe import Recipe

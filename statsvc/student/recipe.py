@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from statsvc.plan import Section, one_of, read_section
+from statsvc.section import Section, one_of, read_section
 from statsvc.student.losses import LOSSES
 
 

@@ -19,7 +19,7 @@ from tests.benchmarks.report import Sections, read_record, replace_block, termin
 from tests.benchmarks.rows import Table, environment
 
 # In this order in the README; each is a module of this package with a function `tables`.
-SECTIONS = ("storage", "statistics", "fits", "codes", "images", "pipeline", "service", "training")
+SECTIONS = ("storage", "statistics", "fits", "codes", "images", "pipeline", "workers", "service", "training")
 
 
 def measure(section: str, found: dict[str, str]) -> list[Table]:

@@ -1,4 +1,4 @@
-"""`make compose-test`: docker/compose.cpu.yml for real, from nothing, with processes killed under it.
+"""`make compose-test`: docker/compose.cpu.yml for real, from nothing, with processes killed under it; then Ray's files.
 
 COMPOSE=docker-compose chooses the older program. Images are built and stay, as a cache of the next build; containers,
 networks and volumes are gone at the end.
@@ -12,22 +12,28 @@ import os
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from tests.compose import inputs
-from tests.compose.containers import Containers, Failed, docker, is_usable, wait_for
+from tests.compose import inputs, ray
+from tests.compose.containers import (
+    NO_SETTINGS,
+    Containers,
+    Failed,
+    docker,
+    expect,
+    is_usable,
+    step,
+    torn_down,
+    wait_for,
+)
 
 ROOT = Path(__file__).parents[2]
 BASE, API_BYTES = "python:3.11-slim-bookworm", 250_000_000
 TEACHER = "dino"
-NO_SETTINGS = {"STATSVC_PLAN": "", "STATSVC_DATA": ""}
 
 
 def main() -> int:
@@ -41,26 +47,18 @@ def main() -> int:
             plan = inputs.write(folder, ROOT / "docker/plans/demo.yaml")
         # As ourselves, so that we may kill; not as root, which the images are made to do without.
         uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
-        containers = Containers(
-            ROOT / "docker/compose.cpu.yml",
-            {
-                "STATSVC_PLAN": str(plan), "STATSVC_DATA": str(folder / "data"), "STATSVC_STORE": "store",
-                "STATSVC_HF_CACHE": "huggingface", "STATSVC_UID": str(uid), "STATSVC_GID": str(gid),
-                "STATSVC_TOKEN": "",
-            },
-        )  # fmt: skip
+        settings = {
+            "STATSVC_PLAN": str(plan), "STATSVC_DATA": str(folder / "data"), "STATSVC_STORE": "store",
+            "STATSVC_HF_CACHE": "huggingface", "STATSVC_UID": str(uid), "STATSVC_GID": str(gid), "STATSVC_TOKEN": "",
+        }  # fmt: skip
+        containers = Containers(ROOT / "docker/compose.cpu.yml", settings)
         try:
-            run(containers, folder)
-        except BaseException as error:
+            with torn_down(containers):
+                run(containers, folder)
+                ray.run(containers, folder, settings)
+        except (Failed, AssertionError) as error:
             print(f"FAILED: {error}", file=sys.stderr, flush=True)
-            containers.compose("logs", "--no-color", "--timestamps")
-            if not isinstance(error, (Failed, AssertionError)):
-                raise
             return 1
-        finally:
-            with step("everything torn down"):
-                # Without settings every volume is in use, and only volumes that are in use are removed.
-                containers.compose("down", "--volumes", "--remove-orphans", "--timeout", "5", environment=NO_SETTINGS)
     print("compose-test passed")
     return 0
 
@@ -73,7 +71,7 @@ def run(containers: Containers, folder: Path) -> None:
     check_images(containers)
     recover_from_kills(containers)
     with step("the worker ends with 0"):
-        wait_for("the end of the worker", 300, lambda: has_ended(containers))
+        wait_for("the end of the worker", 300, lambda: containers.has_ended("worker"))
         state = containers.inspect("worker")
         expect(state["State"]["ExitCode"] == 0, f"the worker ended with {state['State']['ExitCode']}")
         expect(state["RestartCount"] == 1, f"the worker was started again {state['RestartCount']} times, not once")
@@ -83,16 +81,12 @@ def run(containers: Containers, folder: Path) -> None:
         health = containers.inspect("api")["State"]["Health"]["Status"]
         expect(health == "healthy", f"the api answers and is {health} to docker")
     with step("the store verifies"):
-        report = containers.compose(
-            "run", "--rm", "--no-deps", "-T", "worker", "statsvc", "verify", "--store", "/store", "--json", output=True
-        )
+        report = containers.run("statsvc", "verify", "--store", "/store", "--json")
         expect(json.loads(report)["damaged"] == [], f"damaged: {report}")
     expect(containers.inspect("worker")["RestartCount"] == 1, "the worker was started again after its success")
     with step("without settings the demo plan finds its photographs"):
         command = ["statsvc", "run", "/plan.yaml", "--store", "/tmp/store", "--dry-run"]
-        printed = containers.compose(
-            "run", "--rm", "--no-deps", "-T", "worker", *command, output=True, environment=NO_SETTINGS
-        )
+        printed = containers.run(*command, environment=NO_SETTINGS)
         expect("loud: 6 dataset shards, 96 rows" in printed, f"not the plan of 96 photographs: {printed}")
 
 
@@ -183,28 +177,8 @@ def cached(containers: Containers) -> list[dict[str, Any]]:
     return listing["shards"] if listing else []
 
 
-def has_ended(containers: Containers) -> bool:
-    return bool(containers.inspect("worker")["State"]["Status"] == "exited")
-
-
 def image_bytes(image: str) -> int:
     return int(docker("image", "inspect", "--format", "{{.Size}}", image))
-
-
-def expect(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise Failed(otherwise)
-
-
-@contextmanager
-def step(name: str) -> Iterator[None]:
-    """Print what was done and how long it took, or what was not."""
-    begun, outcome = time.monotonic(), "FAILED: "
-    try:
-        yield
-        outcome = ""
-    finally:
-        print(f"[{time.monotonic() - begun:5.1f} s] {outcome}{name}", flush=True)
 
 
 if __name__ == "__main__":

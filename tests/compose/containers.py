@@ -10,7 +10,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import psutil
 from tests.ports import free_port
 
 T = TypeVar("T")
+NO_SETTINGS = {"STATSVC_PLAN": "", "STATSVC_DATA": "", "STATSVC_STORE": ""}
 
 
 class Failed(Exception):
@@ -26,10 +28,10 @@ class Failed(Exception):
 
 
 class Containers:
-    """One project of docker/compose.cpu.yml: its own names, volumes and port, so that it disturbs no other."""
+    """One project of a compose file: its own names, volumes and port, so that it disturbs no other."""
 
     def __init__(self, file: Path, environment: dict[str, str]) -> None:
-        self.name = f"statsvc-test-{os.getpid()}"
+        self.name = f"statsvc-test-{os.getpid()}-{file.stem.replace('.', '-')}"
         self.port = free_port()
         self._compose = [*program(), "--project-name", self.name, "--file", str(file)]
         self._environment = {**os.environ, **environment, "STATSVC_PORT": str(self.port)}
@@ -57,6 +59,21 @@ class Containers:
         """What a command prints in a running container."""
         return docker("exec", self.container(service), *command)
 
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> str:
+        """What a command prints in a new container of the worker."""
+        return self.compose("run", "--rm", "--no-deps", "-T", "worker", *command, output=True, environment=environment)
+
+    def has_ended(self, service: str) -> bool:
+        return bool(self.inspect(service)["State"]["Status"] == "exited")
+
+    def processes(self, service: str, named: str) -> list[psutil.Process]:
+        """Those below the main process with a word in their command lines, the oldest first."""
+        try:
+            below = psutil.Process(self.inspect(service)["State"]["Pid"]).children(recursive=True)
+            return [child for child in below if named in " ".join(child.cmdline())]
+        except psutil.Error:
+            return []  # they end while they are looked at
+
     def kill(self, service: str, named: str | None = None) -> str:
         """SIGKILL from outside to the main process, or to the oldest below it with a word in its command line.
 
@@ -64,7 +81,7 @@ class Containers:
         """
         process = psutil.Process(self.inspect(service)["State"]["Pid"])
         if named is not None:
-            below = [child for child in process.children(recursive=True) if named in " ".join(child.cmdline())]
+            below = self.processes(service, named)
             if not below:
                 raise Failed(f"no process of {service} has {named} in its command line")
             process = below[0]
@@ -118,3 +135,35 @@ def wait_for(what: str, seconds: float, probe: Callable[[], T]) -> T:
             raise Failed(f"{what}: not within {seconds:.0f} s")
         time.sleep(0.2)
     return answer
+
+
+def expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise Failed(otherwise)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Print what was done and how long it took, or what was not."""
+    begun, outcome = time.monotonic(), "FAILED: "
+    try:
+        yield
+        outcome = ""
+    finally:
+        print(f"[{time.monotonic() - begun:5.1f} s] {outcome}{name}", flush=True)
+
+
+@contextmanager
+def torn_down(*projects: Containers) -> Iterator[None]:
+    """Nothing of them is left after the block; what they said is shown where it failed."""
+    try:
+        yield
+    except BaseException:
+        for project in projects:
+            project.compose("logs", "--no-color", "--timestamps")
+        raise
+    finally:
+        with step("everything torn down"):
+            for project in projects:
+                # Without settings every volume is in use, and only volumes that are in use are removed.
+                project.compose("down", "--volumes", "--remove-orphans", "--timeout", "5", environment=NO_SETTINGS)

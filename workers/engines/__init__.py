@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from workers.engines.base import Engine, EngineSetup
 from workers.engines.inline import InlineEngine
+from workers.engines.ray import RayEngine
 
 ENGINES: dict[str, Callable[[EngineSetup], Engine]] = {
     "inline": InlineEngine,
+    "ray": RayEngine,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from statsvc.plan import Plan
-from workers.fingerprint import cores
+from workers.fingerprint import worker_cpus
 from workers.job import Result, Unit
 from workers.teachers.base import Resolved
 from workers.worker import Ready
@@ -26,7 +26,7 @@ def devices() -> list[str]:
 def decoder_processes(plan: Plan, devices: int) -> int:
     """Decoder processes of each worker, where so many workers share this machine."""
     wanted = plan.engine.decoders
-    return max(1, cores() // devices - 1) if wanted == "auto" else wanted
+    return max(1, worker_cpus(plan, devices) - 1) if wanted == "auto" else wanted
 
 
 @dataclass(frozen=True, slots=True)

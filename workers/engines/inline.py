@@ -24,13 +24,17 @@ POLL_SECONDS = 0.5  # how soon a request to stop is seen while all workers are b
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, the unit it works on, and how many of its images have been reported."""
+    """A process, the unit it works on, and how many of its images have been reported.
+
+    ended  it died, or ends itself after a failure: a unit that is sent there now would be lost, and count as tried
+    """
 
     setup: WorkerSetup
     process: multiprocessing.process.BaseProcess
     connection: Connection[Any, Any]
     unit: Unit | None = None
     images: int = 0
+    ended: bool = False
 
 
 class InlineEngine:
@@ -84,6 +88,7 @@ class InlineEngine:
                 on_images(unit, -worker.images)  # they will be done again, or not at all
                 worker.images = 0
                 failure = message if isinstance(message, Failed) else _death(worker)
+                worker.ended = not failure.reusable
                 log.debug("%s of %s failed: %s", unit.phase, unit.name, failure.details)
                 if failure.kind == "store":
                     raise StoreError(failure.message)
@@ -107,14 +112,17 @@ class InlineEngine:
         self._workers.clear()
 
     def _assign(self, number: int, unit: Unit) -> None:
-        worker = self._workers[number]
-        try:
-            worker.connection.send(unit)
-        except OSError:  # it died while it had nothing to do, or ended itself after a failure
-            self._replace(number)
+        while True:
             worker = self._workers[number]
-            worker.connection.send(unit)
-        worker.unit = unit
+            if not worker.ended:
+                try:
+                    worker.connection.send(unit)
+                except OSError:  # it died while it had nothing to do
+                    worker.ended = True
+                else:
+                    worker.unit = unit
+                    return
+            self._replace(number)
 
     def _replace(self, number: int) -> None:
         old = self._workers[number]
