@@ -65,12 +65,12 @@ def refit(plan: Path, near: tuple[str, ...], teachers: tuple[str, ...], fresh: b
     return code
 
 
-store_option = click.option("--store", "location", required=True, help="The store: a path.")
+store_option = click.option("--store", "location", required=True, help="The store: a path, or s3://bucket/prefix.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
 
 @cli.command()
-@click.option("--store", help="The store: a path; it may appear later. [STATSVC_STORE]")
+@click.option("--store", help="The store: a path, or s3://bucket/prefix; it may appear later. [STATSVC_STORE]")
 @click.option("--host", help="Address to listen on. [STATSVC_HOST; default 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on. [STATSVC_PORT; default 8000]")
 def serve(**options: Any) -> int:
@@ -101,20 +101,34 @@ def status(location: str, as_json: bool) -> int:
 @json_option
 @click.option("--repair", is_flag=True, help="Remove damaged objects and their commits; the next run restores them.")
 def verify(location: str, as_json: bool, repair: bool) -> int:
-    """Check every checksum, count, digest and zarr.json; print one line per damaged object."""
-    from statsvc.repair import repair as mend
-    from statsvc.verify import verify_store
+    """Check every checksum, count, digest and zarr.json; print one line per damaged or foreign object."""
+    from statsvc.repair import verify_and_repair
+    from statsvc.verify import examine
 
-    checked, damage = verify_store(location)
-    if as_json:
-        click.echo(json.dumps({"checked": checked, "damaged": [d._asdict() for d in damage]}, indent=2))
+    removed, requeued = list[str](), dict[str, int]()
+    if repair:
+        verdict, (removed, requeued) = verify_and_repair(location, lambda line: click.echo(line, err=True))
     else:
-        for damaged in damage:
-            click.echo(f"{damaged.path}: {damaged.reason}")
-        click.echo(f"{checked} objects checked, {len(damage)} damaged")
+        verdict = examine(location)
+    checked, damage, unfinished = verdict
+    foreign = [found for found in damage if found.foreign]
+    if as_json:
+        damaged = [found._asdict() for found in damage if not found.foreign]
+        others = [{"path": found.path, "reason": found.reason, "removed": found.removed} for found in foreign]
+        told = {"checked": checked, "damaged": damaged, "foreign": others, "unfinished": unfinished}
+        click.echo(json.dumps(told, indent=2))
+    else:
+        for found in damage:
+            click.echo(f"{found.path}: {found.reason}")
+        counts = f"{len(damage) - len(foreign)} damaged, {len(foreign)} foreign, {len(unfinished)} unfinished"
+        click.echo(f"{checked} objects checked, {counts}")
     if repair and damage:
-        removed = mend(location, damage)
-        click.echo(f"removed {removed} objects and commits; `statsvc run PLAN` restores them", err=as_json)
+        again = ", ".join(f"{count} to {phase}" for phase, count in requeued.items() if count)
+        if removed:
+            click.echo(f"removed {len(removed)} objects and commits; `statsvc run PLAN` restores them", err=as_json)
+            click.echo(f"dataset shards to do again: {again or 'none'}", err=as_json)
+        if left := sum(not found.removed for found in damage):
+            click.echo(f"{left} objects were left as they are: their lines say what to do", err=as_json)
     return DAMAGED if damage else DONE
 
 
@@ -140,7 +154,9 @@ def estimate(plan: Path, images: int, as_json: bool, store: str | None) -> int:
 @cli.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option("--store", help="The store, whatever the plan names: a path, or the URL of a service.")
+@click.option(
+    "--store", help="The store, whatever the plan names: a path, s3://bucket/prefix, or the URL of a service."
+)
 def distill(plan: Path, student: Path, store: str | None) -> int:
     """Train a reference student by the recipe STUDENT on the targets that PLAN cached, and measure it.
 

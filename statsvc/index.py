@@ -21,6 +21,7 @@ class Entry(NamedTuple):
     samples: int
     size: int | None
     failed: int
+    etag: str | None  # tells two dataset shards of one name and size apart
 
 
 Index = dict[int, Entry]  # by number of the dataset shard
@@ -52,4 +53,4 @@ def read_summary(backend: Backend) -> Index:
 
 def entry_of(commit: Commit) -> Entry:
     """Of an index commit."""
-    return Entry(commit.name or "", commit.samples or 0, commit.size, len(commit.failed))
+    return Entry(commit.name or "", commit.samples or 0, commit.size, len(commit.failed), commit.etag)

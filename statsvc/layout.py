@@ -16,12 +16,13 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from statsvc.canonical import sha256
-from statsvc.codec import codec
+from statsvc.codec import CODECS, codec
 
 FORMAT = "statsvc/1"
 LEASE = ".statsvc/lease.json"
 LEASE_SECONDS = 60.0  # without a heartbeat, six of them; clocks of hosts that share a store may differ by less
 RUN = ".statsvc/run.json"
+CACHE_SET = rf"(?:raw|[a-z-]+-[0-9a-f]{{12}})-(?:{'|'.join(CODECS)})"  # as set_name and raw_set_name name them
 INDEX = ".statsvc/index.json"
 
 # Of a sample and of a teacher's row.

@@ -13,9 +13,11 @@ from statsvc.canonical import canonical_json, sha256
 from statsvc.checksum import CRC_NBYTES
 from statsvc.errors import StatsvcError
 from statsvc.layout import ArraySpec, group_metadata, groups, moments_arrays
-from statsvc.ledger import Commit, attributes
+from statsvc.ledger import Commit, attributes, with_checksum
 from statsvc.store import Store, Teacher
 
+ROOT_KEYS = ("format", "rows_per_shard", "views", "images")
+TEACHER_KEYS = ("fingerprint", "settings", "outputs", "preprocessing", "environment")
 NO_GROUP = "not the metadata of a Zarr group"
 
 
@@ -25,6 +27,8 @@ def root_fault(store: Store, index: list[Commit]) -> str | None:
     rows = {(record.bytes - CRC_NBYTES) // 16 for commit in index for record in commit.objects}  # of key_hash
     if json.loads(store.backend.read("zarr.json")) != json.loads(group_metadata(about)):
         return NO_GROUP
+    if fault := _attributes_fault(about, ROOT_KEYS):
+        return fault
     views = about.get("views")
     if not isinstance(views, dict) or views.get("per_image") != store.views_per_image:
         return "views: not as they were written"
@@ -45,6 +49,8 @@ def teacher_fault(store: Store, name: str) -> str | None:
         found = json.loads(store.backend.read(f"teachers/{name}/zarr.json"))
         if found != json.loads(group_metadata(found["attributes"])):
             return NO_GROUP
+        if fault := _attributes_fault(found["attributes"], TEACHER_KEYS):
+            return fault
         teacher, settings = Teacher(store, name), _settings(store, name)
         if settings is None or any(settings[key] != teacher.preprocessing[key] for key in ("size", "mean", "std")):
             return "settings, preprocessing and fingerprint do not belong together"
@@ -52,8 +58,20 @@ def teacher_fault(store: Store, name: str) -> str | None:
             return _outputs_fault(teacher, shard)
     except FileNotFoundError:
         return "missing"
-    except (StatsvcError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except StatsvcError as error:
         return str(error)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return f"not the metadata of a teacher ({type(error).__name__}: {error})"
+    return None
+
+
+def _attributes_fault(about: dict[str, Any], keys: tuple[str, ...]) -> str | None:
+    """Stores that were made before attributes had a checksum are without."""
+    if "crc32c" not in about:
+        unknown = sorted(about.keys() - set(keys))
+        return f"attributes that were never written there: {', '.join(unknown)}" if unknown else None
+    if with_checksum({key: about[key] for key in about if key != "crc32c"}) != about:
+        return "its attributes do not have the checksum that stands beside them"
     return None
 
 

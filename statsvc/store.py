@@ -5,6 +5,7 @@ Suffix: D = channels of a teacher.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -14,7 +15,16 @@ import numpy as np
 from statsvc.arrays import read_chunk
 from statsvc.backends import Backend, backend
 from statsvc.errors import DamagedObject, NotAStore, NotFound, StoreError
-from statsvc.layout import FORMAT, Output, fit_path, moments_arrays, report_path, sample_arrays, transform_path
+from statsvc.layout import (
+    CACHE_SET,
+    FORMAT,
+    Output,
+    fit_path,
+    moments_arrays,
+    report_path,
+    sample_arrays,
+    transform_path,
+)
 from statsvc.ledger import Ledger, attributes, unseal
 from statsvc.moments import Moments, unpack
 from statsvc.targets import Targets
@@ -164,7 +174,8 @@ class Teacher:
 
     def cache_sets(self) -> list[str]:
         """Names of the cache sets."""
-        return [name for name in self.store.backend.list(f"teachers/{self.name}/cache") if name != "zarr.json"]
+        names = self.store.backend.list(f"teachers/{self.name}/cache")
+        return [name for name in names if re.fullmatch(CACHE_SET, name)]  # anything may lie beside them
 
     def targets(self, output: str = "patches", cache_set: str | None = None, method: str | None = None) -> Targets:
         """The cached targets of an output; `cache_set` chooses where there are several.

@@ -1,245 +1,229 @@
-"""Does a store hold what its commits say? Every byte is read."""
+"""Does a store hold what its commits say? Every byte is read.
+
+Here is the way through a store; `verify_units` looks at dataset shards, `verify_fits` at fits, `metadata` at zarr.json,
+and `inventory` at what no commit names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import json
+import re
+from collections import Counter
 
-import numpy as np
-
-from statsvc.arrays import open_feature_shard, read_chunk
-from statsvc.backends import backend
-from statsvc.errors import DamagedObject, StatsvcError
-from statsvc.expected import belongs, cache_specs, expected_arrays, miscounts
+from statsvc.backends import Backend, backend
+from statsvc.backends.local import LocalBackend
+from statsvc.errors import DamagedObject, StoreError
+from statsvc.expected import cache_specs
+from statsvc.findings import Damage, Findings, Verdict
+from statsvc.heartbeat import driven_since
+from statsvc.index import Entry, entry_of
+from statsvc.inventory import has_objects, take
 from statsvc.layout import (
+    CACHE_SET,
+    FORMAT,
+    INDEX,
+    RUN,
     ArraySpec,
     commit_folder,
     commit_path,
-    fit_path,
     moments_arrays,
-    pilot_path,
-    report_path,
     sample_arrays,
     teacher_status,
-    transform_path,
 )
-from statsvc.ledger import Commit, Ledger, teachers_with_commits, unseal
+from statsvc.ledger import Commit, attributes, teachers_with_commits, unseal
 from statsvc.metadata import array_faults, root_fault, teacher_fault
-from statsvc.normalizations import moments_digest
+from statsvc.remains import RecoveredStore, RecoveredTeacher, rows_left
 from statsvc.store import Store, Teacher, open_store
+from statsvc.verify_fits import FitCheck
+from statsvc.verify_units import UnitCheck
 
 ROOT = "zarr.json"
-
-
-class Damage(NamedTuple):
-    """A damaged object, and the commit that vouches for it (None: only the object itself has to be made anew)."""
-
-    path: str
-    reason: str
-    commit: str | None
+RUN_KEYS = ("plan", "locations", "quarantine")
+FORMAT_NAME = re.compile(r"statsvc/[0-9]+")
 
 
 def verify_store(location: str) -> tuple[int, list[Damage]]:
-    """How many objects were checked, and those that are damaged, by path. Raises where there is no store."""
+    """How many objects were checked, and those that are damaged or foreign, by path."""
+    verdict = examine(location)
+    return verdict.checked, verdict.damage
+
+
+def examine(location: str) -> Verdict:
+    """All there is to say about a store. Raises where there is none."""
     storage = backend(location)
-    if not storage.exists() and Ledger(storage).shards("index"):
-        return 1, [Damage(ROOT, "missing", None)]
+    rows, commits = rows_left(storage), bool(storage.list(".statsvc/commits"))
     try:
-        check = _Check(open_store(location))
-    except DamagedObject as error:
-        return 1, [_damage(ROOT, error, None)]
-    check.everything()
-    return check.checked, [check.damage[path] for path in sorted(check.damage)]
+        return _examine(Store(storage) if commits else open_store(location), Findings())
+    except StoreError as error:
+        if not commits and not isinstance(error, DamagedObject):
+            raise
+        if FORMAT_NAME.fullmatch(str(_other_format(storage))):
+            reason = f"{error}; if no other version wrote it, remove it, and the next run restores it"
+            return Verdict(1, [Damage(ROOT, reason, None, removed=False)], [])
+        findings = Findings()
+        findings.damaged(ROOT, error)
+        if rows is not None:
+            return _examine(RecoveredStore(storage, rows), findings)
+        _Walk(RecoveredStore(storage, 1), findings, []).nothing_but_commits()
+        return findings.verdict()
 
 
-class _Check:
-    """Collects damage by path; each method checks one kind of object."""
+def _examine(store: Store, findings: Findings) -> Verdict:
+    """A store of which it is known, or to be had from the rest, how many rows a dataset shard has."""
+    index = list(UnitCheck(store, findings).commits("index"))
+    findings.checked += 1
+    if ROOT not in findings.damage and (fault := root_fault(store, index)):
+        findings.damaged(ROOT, fault)
+        if (rows := rows_left(store.backend)) is not None:
+            store = RecoveredStore(store.backend, rows)
+    _Walk(store, findings, index).everything()
+    return findings.verdict()
 
-    def __init__(self, store: Store) -> None:
-        self.store, self.checked, self.damage = store, 0, dict[str, Damage]()
-        self._rows = store.rows_per_shard
-        self._pilots = dict[str, tuple[str, list[int]]]()  # record and dataset shards by teacher
-        self._due_near = dict[str, dict[str, str]]()  # of refits: by teacher and output, what the fit is to be near
-        self._fitted = set[str]()
+
+def _other_format(storage: Backend) -> object:
+    """The format that a root names, if it is not ours."""
+    try:
+        found = attributes(storage, "")["format"]
+    except (DamagedObject, KeyError):
+        return None
+    return found if found != FORMAT else None
+
+
+class _Walk:
+    """The way through a store: what is looked at and when, since one thing tells what another must be.
+
+    index  the sound commits of the index
+    """
+
+    def __init__(self, store: Store, findings: Findings, index: list[Commit]) -> None:
+        self._store, self._findings, self._index = store, findings, index
+        self._units, self._fits = UnitCheck(store, findings), FitCheck(store, findings)
         self._arrays = list[tuple[ArraySpec, int]]()  # that are there, with the dataset shards they must have room for
 
-    def damaged(self, path: str, reason: object, commit: str | None) -> None:
-        self.damage.setdefault(path, _damage(path, reason, commit))
-
     def everything(self) -> None:
-        index = list(self.commits("index"))
-        self.checked += 1
-        if fault := root_fault(self.store, index):
-            self.damaged(ROOT, fault, None)
-            return  # in its light, everything else would look wrong
-        for commit in index:
-            self.objects(commit, None)
-        self._arrays += [(spec, _shards(index)) for spec in sample_arrays(self._rows).values()]
-        self.pilots()
-        for name in sorted({*self.store.teachers(), *teachers_with_commits(self.store.backend)}):
-            self.checked += 1
-            if fault := teacher_fault(self.store, name):
-                self.damaged(f"teachers/{name}/{ROOT}", fault, None)
-            else:
-                self.teacher(self.store.teacher(name), {commit.shard for commit in index})
-        unnamed = sorted(self._fitted - self._pilots.keys())
-        if unnamed and not any(path.startswith(commit_folder("pilot")) for path in self.damage):
-            self.damaged(pilot_path(unnamed), f"missing, though {', '.join(unnamed)} were fitted with it", None)
-        for path, fault in array_faults(self.store.backend, self._arrays):
-            self.checked += 1
+        """Fits come after pilots, and what a whole store must have after all of its teachers."""
+        for commit in self._index:
+            self._units.objects(commit, None)
+        for name in [name for name, count in Counter(commit.name for commit in self._index).items() if count > 1]:
+            for path in [commit.path for commit in self._index if commit.name == name]:
+                self._findings.damaged(path, f"several commits index the dataset shard {name}", path)
+        self._arrays += [(spec, _shards(self._index)) for spec in sample_arrays(self._store.rows_per_shard).values()]
+        self._run_record()
+        self._index_summary()
+        self._fits.pilots()
+        strangers = self._others()
+        for name in sorted({*self._store.teachers(), *self._worked_on()} - strangers):
+            self._findings.checked += 1
+            if teacher := self._described(name):
+                self._teacher(teacher)
+        self._fits.missing_pilot()
+        for path, fault in array_faults(self._store.backend, self._arrays):
+            self._findings.checked += 1
             if fault:
-                self.damaged(path, fault, None)
+                self._findings.damaged(path, fault)
+        self._fits.earlier_fits()
 
-    def pilots(self) -> None:
-        folder = commit_folder("pilot")
-        for name in self.store.backend.list(folder):
-            path = f"{folder}/{name}"
-            self.checked += 1
-            try:
-                record = unseal(path, self.store.backend.read(path))
-                if pilot_path(record["teachers"]) != path:
-                    raise DamagedObject(f"it belongs at {pilot_path(record['teachers'])}")
-                self._pilots |= dict.fromkeys(record["teachers"], (path, record["shards"]))
-                self._due_near |= record.get("near", {})
-            except (DamagedObject, LookupError, TypeError) as error:
-                self.damaged(path, error, None)
+    def nothing_but_commits(self) -> None:
+        """Without a root, and without anything that tells how many rows a dataset shard has, all is done again."""
+        self._units.given_up("index")
+        for teacher in self._store.teachers():
+            if fault := teacher_fault(self._store, teacher):
+                self._findings.damaged(f"teachers/{teacher}/{ROOT}", fault)
+        for teacher in teachers_with_commits(self._store.backend):
+            self._units.given_up("measure", teacher)
+            self._units.given_up("cache", teacher)
+        self._run_record()
+        self._index_summary()
+        self._fits.pilots()
 
-    def teacher(self, teacher: Teacher, indexed: set[int]) -> None:
+    def _run_record(self) -> None:
+        """The record of the run has no checksum, and nothing in it decides a number."""
+        try:
+            found = json.loads(self._store.backend.read(RUN))
+            if not isinstance(found, dict) or not all(isinstance(found.get(key, {}), dict) for key in RUN_KEYS):
+                raise ValueError("not the record of a run")
+        except FileNotFoundError:
+            pass
+        except (ValueError, RecursionError) as error:
+            self._findings.damaged(RUN, f"{error}; the next run writes it, and takes up again what was quarantined")
+
+    def _index_summary(self) -> None:
+        """What was derived from the commits of the index also tells of a sound commit that is not the one we had."""
+        try:
+            known = {shard: Entry(*rest) for shard, *rest in unseal(INDEX, self._store.backend.read(INDEX))["shards"]}
+        except FileNotFoundError:
+            return
+        except (DamagedObject, LookupError, TypeError, ValueError) as error:
+            self._findings.damaged(INDEX, error)
+            return
+        for commit in self._index:
+            same = known.get(commit.shard, entry_of(commit)) == entry_of(commit)
+            if not same and commit.path not in self._findings.damage:
+                reason = f"not what {INDEX} has of dataset shard {commit.shard}"
+                self._findings.damaged(commit.path, reason, commit.path)
+                self._findings.damaged(INDEX, f"not what {commit.path} has")
+
+    def _others(self) -> set[str]:
+        """Objects that no commit names; returns the teachers whose commits are such."""
+        storage = self._store.backend
+        foreign, self._findings.unfinished = take(storage)
+        for path, reason, ours in foreign:
+            kept = "" if ours else "; it is left alone: move it away, or remove it"
+            self._findings.damaged(path, f"foreign: {reason}{kept}", foreign=True, removed=ours)
+        if isinstance(storage, LocalBackend) and driven_since(storage) is None:  # else a driver may still write them
+            self._findings.unfinished += storage.partials()
+        # A commit that is ours and foreign is of no teacher of this store; anything may lie beside those of one.
+        of_teachers = (path.split("/") for path, _, ours in foreign if ours and path.startswith(".statsvc/commits/"))
+        return {parts[3] for parts in of_teachers if parts[2] in ("measure", "cache")}
+
+    def _worked_on(self) -> list[str]:
+        """The teachers with commits."""
+        storage = self._store.backend
+        folders = {
+            name: [commit_folder(phase, name) for phase in ("measure", "cache")]
+            for name in teachers_with_commits(storage)
+        }
+        return [name for name in folders if any(has_objects(storage, folder) for folder in folders[name])]
+
+    def _described(self, name: str) -> Teacher | None:
+        """A teacher, also where its metadata are damaged but enough else is left of it."""
+        fault, path = teacher_fault(self._store, name), f"teachers/{name}/{ROOT}"
+        if not fault:
+            return self._store.teacher(name)
+        try:
+            teacher = RecoveredTeacher(self._store, name)
+        except DamagedObject:
+            self._findings.damaged(path, f"{fault}; too little is left to say what the teacher was")
+            self._units.given_up("measure", name)
+            self._units.given_up("cache", name)
+            self._fits.given_up(name)
+            return None
+        self._findings.damaged(path, fault)
+        return teacher
+
+    def _teacher(self, teacher: Teacher) -> None:
         """All that was done for one teacher."""
-        measured, cached = list(self.commits("measure", teacher)), list[Commit]()
+        measured, cached = list(self._units.commits("measure", teacher)), list[Commit]()
         for output, shape in teacher.outputs.items():
             specs = moments_arrays(teacher.name, output, shape.dim)
             self._arrays += [(spec, _shards(measured)) for spec in specs.values()]
-        for cache_set in self.store.backend.list(commit_folder("cache", teacher.name)):
-            commits = list(self.commits("cache", teacher, cache_set))
+        cache_sets = self._store.backend.list(commit_folder("cache", teacher.name))
+        for cache_set in (name for name in cache_sets if re.fullmatch(CACHE_SET, name)):
+            commits = list(self._units.commits("cache", teacher, cache_set))
             for output in teacher.outputs if commits else ():
                 specs = cache_specs(teacher, commits[0], output)
                 self._arrays += [(spec, _shards(commits)) for spec in specs.values()]
             cached += commits
-        self._arrays.append((teacher_status(teacher.name, self._rows), _shards(cached)))
+        self._arrays.append((teacher_status(teacher.name, self._store.rows_per_shard), _shards(cached)))
+        indexed = {commit.shard for commit in self._index}
         for commit in measured + cached:
-            self.objects(commit, teacher)
+            self._units.objects(commit, teacher)
             if commit.shard not in indexed:
-                self.damaged(commit_path("index", commit.shard), f"missing, though {commit.path} is there", None)
-        self.fits(
-            teacher, {d: f"cache set {commit.set}" for commit in cached for d in (commit.transform or {}).values()}
-        )
-
-    def commits(self, phase: str, teacher: Teacher | None = None, cache_set: str | None = None) -> Iterator[Commit]:
-        """The sound commits of a phase."""
-        name = teacher.name if teacher else None
-        for shard in self.store.ledger.shards(phase, name, cache_set):
-            path = commit_path(phase, shard, name, cache_set)
-            self.checked += 1
-            try:
-                commit = self.store.ledger.read(phase, shard, name, cache_set)
-                assert commit is not None  # it was listed
-                if teacher and commit.fingerprint != teacher.fingerprint:
-                    raise DamagedObject(f"made with fingerprint {commit.fingerprint}, not the teacher's")
-                if cache_set and not belongs(commit, cache_set):
-                    raise DamagedObject("made with transforms of another fit than that of its cache set")
-                due = {spec.object(shard) for spec in expected_arrays(self._rows, commit, teacher)}
-                if {record.path for record in commit.objects} != due:
-                    raise DamagedObject("vouches for other objects than its unit has")
-            except DamagedObject as error:
-                self.damaged(path, error, path)
-                continue
-            yield commit
-
-    def objects(self, commit: Commit, teacher: Teacher | None) -> None:
-        """Everything that a commit vouches for, and what it counts."""
-        arrays: dict[str, np.ndarray] = {}
-        for spec in expected_arrays(self._rows, commit, teacher):
-            self.checked += 1
-            try:
-                arrays[spec.path.rpartition("/")[2]] = self._read(spec, commit)
-            except DamagedObject as error:
-                self.damaged(spec.object(commit.shard), error, commit.path)
-        for reason in miscounts(commit, arrays, self.store.views_per_image):
-            self.damaged(commit.path, reason, commit.path)
-
-    def _read(self, spec: ArraySpec, commit: Commit) -> np.ndarray:
-        """The array, or of a feature shard which rows are present. Raises DamagedObject."""
-        if not spec.sharded:
-            return read_chunk(self.store.backend, spec, commit.shard, commit)
-        shard_file = open_feature_shard(self.store.backend, spec, commit.shard, commit)
-        shard_file.verify_all()
-        return shard_file.present_R
-
-    def _near(self, teacher: Teacher, fits: dict[str, dict[str, Any]]) -> dict[str, str]:
-        """The transforms that fits are near to or are to be near to: without them, no fit can be made again."""
-        found = dict.fromkeys(self._due_near.get(teacher.name, {}).values(), "a refit")
-        for methods in fits.values():
-            try:
-                near = self.store.report(methods["phi-s"]).get("near")
-            except (DamagedObject, TypeError, KeyError):
-                continue  # found already, or refused
-            if near:
-                found[near] = f"the phi-s of {teacher.name}"
-        return found
-
-    def fits(self, teacher: Teacher, in_use: dict[str, str]) -> None:
-        """The current fits, and the transforms of earlier ones that something still needs, by digest."""
-        path = fit_path(teacher.name)
-        self.checked += 1
-        try:
-            fits = teacher.fits()
-        except DamagedObject as error:
-            self.damaged(path, error, path)
-            return
-        if in_use and not fits:
-            self.damaged(path, "missing, though there are targets that were made with it", path)
-        self._fitted |= {teacher.name} if fits else set()
-        for output, methods in fits.items():
-            for method, digest in methods.items():
-                if isinstance(digest, str):
-                    self.fit(teacher, output, method, digest)
-                    in_use.pop(digest, None)
-        for digest, user in (self._near(teacher, fits) | in_use).items():
-            self.checked += 1
-            try:
-                self.store.transform(digest)
-            except DamagedObject as error:
-                what = "missing" if self.store.backend.size(transform_path(digest)) is None else str(error)
-                reason = f"{what}; {user} needs it, and no run makes it anew: restore the file from a copy"
-                self.damaged(transform_path(digest), reason, None)
-
-    def fit(self, teacher: Teacher, output: str, method: str, digest: str) -> None:
-        """The transform that a fit commit names, its report, and the moments that both were made from."""
-        path, pilot = fit_path(teacher.name), list[int]()
-        self.checked += 2
-        try:
-            report = self.store.report(digest)
-            if report["digest"] != digest:
-                raise DamagedObject("a report on another transform")
-            pilot = report["pilot"]
-            record, shards = self._pilots.get(teacher.name, ("", pilot))
-            # A pilot with `near` was written down by a refit; if that was broken off, the next run takes it up.
-            if shards != pilot and teacher.name not in self._due_near:
-                self.damaged(record, f"not the pilot that {teacher.name} was fitted on", None)
-        except DamagedObject as error:
-            self.damaged(report_path(digest), error, path)
-        for shard in pilot:
-            if self.store.backend.size(commit_path("measure", shard, teacher.name)) is None:
-                self.damaged(commit_path("measure", shard, teacher.name), "missing, though it was fitted", path)
-        try:
-            transform = self.store.transform(digest)
-        except DamagedObject as error:
-            self.damaged(transform_path(digest), error, path)
-            return
-        if (transform.method, transform.output, transform.fingerprint) != (method, output, teacher.fingerprint):
-            self.damaged(path, f"names {digest} as {method} of {output}, which it is not", path)
-            return
-        try:
-            moments = teacher.pilot_moments(output, pilot) if pilot else None
-        except StatsvcError:
-            return  # found already, in the measure phase
-        if moments and transform.moments_digest != moments_digest(moments):
-            self.damaged(transform_path(digest), "fitted to other moments than those of its pilot", path)
-
-
-def _damage(path: str, reason: object, commit: str | None) -> Damage:
-    return Damage(path, str(reason).removeprefix(f"{path}: "), commit)
+                self._findings.damaged(commit_path("index", commit.shard), f"missing, though {commit.path} is there")
+        in_use = {
+            digest: f"cache set {commit.set}" for commit in cached for digest in (commit.transform or {}).values()
+        }
+        self._fits.teacher(teacher, in_use)
 
 
 def _shards(commits: list[Commit]) -> int:

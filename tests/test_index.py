@@ -40,7 +40,7 @@ def test_it_says_what_the_commits_say(storage: Counting) -> None:
     index = read_index(storage, ledger)
     assert {shard: entry_of(commit) for shard, commit in ledger.scan("index") if commit} == index
     assert [entry.samples for entry in index.values()] == [3, 0, 2, 1]
-    assert index[2] == Entry("000002.tar", 2, None, 0)
+    assert index[2] == Entry("000002.tar", 2, None, 0, None)
 
 
 def test_once_it_is_kept_no_commit_is_read(storage: Counting) -> None:

@@ -17,17 +17,17 @@ from typing import Any
 import psutil
 import pytest
 
-import workers.lease
+import statsvc.lease
 from statsvc.backends import Backend, backend
 from statsvc.backends.local import LocalBackend
 from statsvc.errors import LeaseError
 from statsvc.layout import LEASE, LEASE_SECONDS
-from workers.lease import HEARTBEAT_SECONDS, WATCH_SECONDS, Lease, read_lease, start_of, this_machine
+from statsvc.lease import HEARTBEAT_SECONDS, WATCH_SECONDS, Lease, read_lease, start_of, this_machine
 
 HOLD = """
 import sys
 from statsvc.backends import backend
-from workers.lease import Lease
+from statsvc.lease import Lease
 with Lease(backend(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -36,7 +36,7 @@ TRY = """
 import sys
 from statsvc.backends import backend
 from statsvc.errors import LeaseError
-from workers.lease import Lease
+from statsvc.lease import Lease
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -77,8 +77,8 @@ def held(storage: Backend, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of leases that look expired; that a living driver shows in time is tested with longer ones."""
-    monkeypatch.setattr(workers.lease, "WATCH_SECONDS", 0.05)
-    monkeypatch.setattr(workers.lease, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(statsvc.lease, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(statsvc.lease, "POLL_SECONDS", 0.01)
 
 
 def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -148,7 +148,7 @@ def test_a_driver_that_stands_still_keeps_its_lease_until_it_expires(
     os.kill(holder.pid, signal.SIGSTOP)
     with pytest.raises(LeaseError):
         Lease(storage).__enter__()
-    monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.0)
+    monkeypatch.setattr(statsvc.lease, "LEASE_SECONDS", 0.0)
     with Lease(storage):
         pass
 
@@ -184,7 +184,7 @@ def test_a_clock_that_runs_ahead_elsewhere_does_not_break_the_lease(storage: Bac
 def test_a_clock_that_was_set_does_not_cost_a_living_driver_its_lease(
     storage: Backend, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
-    monkeypatch.setattr(workers.lease, "WATCH_SECONDS", 10.0)
+    monkeypatch.setattr(statsvc.lease, "WATCH_SECONDS", 10.0)
     held(storage, host="elsewhere", machine="x", heartbeat=time.time() + hours * 3600, since=time.time())
     change = {"host": "elsewhere", "machine": "x", "heartbeat": time.time() + hours * 3600 + 10}
     beat = threading.Timer(0.1, lambda: held(storage, **change))
@@ -222,7 +222,7 @@ def test_a_lease_that_makes_no_sense_is_replaced(storage: Backend, change: dict[
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.lease, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(statsvc.lease, "HEARTBEAT_SECONDS", 0.02)
 
 
 def test_heartbeats_come_often_enough_to_miss_some() -> None:
@@ -287,12 +287,43 @@ def test_a_storage_that_fails_for_a_moment_does_not_cost_the_lease(tmp_path: Pat
         lease.check()
 
 
+class Late(LocalBackend):
+    """A storage of which an answer was lost: what it was asked for is done after the asker has given up."""
+
+    late: tuple[str, bytes] | None = None
+    stalls = False
+
+    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+        if self.late:
+            self.write(*self.late)
+            self.late = None
+        if self.stalls and data is not None:
+            self.stalls, self.late = False, (path, data)
+            raise OSError(110, "no answer in time")
+        return super().swap(path, expected, data)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("then_it_ends", [False, True])
+def test_a_beat_that_arrives_after_it_was_given_up_does_not_cost_the_lease(tmp_path: Path, then_it_ends: bool) -> None:
+    storage = Late(str(tmp_path))
+    with Lease(storage) as lease:
+        storage.stalls = True
+        eventually(lambda: storage.late is not None or not storage.stalls)
+        if not then_it_ends:
+            eventually(lambda: storage.late is None)
+            arrived = read_lease(storage)
+            eventually(lambda: read_lease(storage) != arrived)
+            lease.check()
+    assert read_lease(storage) is None
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_storage_that_fails_for_longer_than_a_lease_lasts_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Unreliable(str(tmp_path))
-    monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(statsvc.lease, "LEASE_SECONDS", 0.1)
     lease = Lease(storage)
     lease.__enter__()
     storage.broken = True
@@ -358,7 +389,7 @@ class TestADriverOfAnotherHost:
         return json.dumps({**lease, "heartbeat": now - age}).encode()
 
     def test_is_waited_for_until_its_lease_expires(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.3)
+        monkeypatch.setattr(statsvc.lease, "LEASE_SECONDS", 0.3)
         storage.write(LEASE, self.held())
         told: list[str] = []
         begun = time.monotonic()
@@ -390,10 +421,10 @@ class TestADriverOfAnotherHost:
         Lease(storage).wait_for_others(pytest.fail)
 
     def test_is_not_waited_for_twice(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers.lease, "LEASE_SECONDS", 0.3)
+        monkeypatch.setattr(statsvc.lease, "LEASE_SECONDS", 0.3)
         storage.write(LEASE, self.held())
         lease = Lease(storage)
         lease.wait_for_others(lambda _: None)
-        monkeypatch.setattr(workers.lease, "WATCH_SECONDS", 1e6)
+        monkeypatch.setattr(statsvc.lease, "WATCH_SECONDS", 1e6)
         with lease:
             lease.check()

@@ -12,12 +12,11 @@ from statsvc.backends import Backend, backend
 from statsvc.backends.fenced import FencedBackend
 from statsvc.dataset.expand import expand
 from statsvc.dataset.source import size_of
-from statsvc.errors import PlanError
+from statsvc.errors import PlanError, StoreError
 from statsvc.index import read_index, write_summary
 from statsvc.layout import (
     ArraySpec,
     cache_arrays,
-    commit_folder,
     fit_path,
     groups,
     moments_arrays,
@@ -26,15 +25,16 @@ from statsvc.layout import (
     set_name,
     teacher_status,
 )
-from statsvc.ledger import Ledger, attributes, unseal
+from statsvc.lease import Lease
+from statsvc.ledger import Ledger, attributes, pilots, unseal
 from statsvc.normalizations import METHODS
 from statsvc.plan import Plan
+from statsvc.remains import rows_left
 from statsvc.store import Store
 from workers.fingerprint import fingerprint, settle
 from workers.fit import fit_digest
 from workers.index import RESTORE
 from workers.job import TeacherJob, Unit
-from workers.lease import Lease
 from workers.pilot import Pilot
 from workers.record import RunRecord
 from workers.sizes import told_samples
@@ -65,9 +65,10 @@ class Agenda:
         self.resolved = resolved
         self.lease = lease
         self.backend: Backend = backend(plan.store)
-        self.backend.check()
         if lease is not None:
             self.backend = FencedBackend(self.backend, lease.fence)
+        if not self._exists():
+            self.backend.check()
         self.record = RunRecord(self.backend)
         self._store = Store(self.backend) if self.backend.exists() else None
         self.index = read_index(self.backend, self._ledger)
@@ -83,7 +84,9 @@ class Agenda:
                     f"data.images: {list(plan.data.images)} differs from the {known} that decided which images are "
                     f"the rows of the store {plan.store!r}; use those, or another store"
                 )
-        elif (foreign := [name for name in self.backend.list("") if name != ".statsvc"]) and not self.indexed_rows:
+        elif (foreign := [name for name in self.backend.list("") if name != ".statsvc"]) and not (
+            self.indexed_rows or self.backend.list(".statsvc/commits")
+        ):
             raise PlanError(
                 f"store: {plan.store!r} holds {foreign[0]!r} and is no store; name a new or an empty folder"
             )
@@ -107,12 +110,17 @@ class Agenda:
         self.numbers = self.known_numbers()
         self.changed = self._changed()
 
+    def _exists(self) -> bool:
+        try:
+            return self.backend.exists()
+        except StoreError:
+            self.backend.check()  # which knows what is wrong with a plan
+            raise
+
     @property
     def indexed_rows(self) -> int | None:
         """Rows of a dataset shard, views included, as the index has it: also where the root of the store was lost."""
-        first = next(iter(self.index), None)
-        commit = None if first is None else self._ledger.read("index", first)
-        return None if commit is None else commit.objects[0].bytes // 16
+        return rows_left(self.backend)
 
     @property
     def has_store(self) -> bool:
@@ -162,7 +170,7 @@ class Agenda:
         found = {}
         for entry in self.index.values():
             shard = self.shards.get(entry.name)
-            if shard is not None and (size := size_of(shard.location)) not in (None, entry.size):
+            if shard is not None and (size := shard.nbytes or size_of(shard.location)) not in (None, entry.size):
                 found[shard.name] = f"has changed since it was indexed: {size} bytes, then {entry.size}; {RESTORE}"
         return found
 
@@ -237,9 +245,8 @@ class Agenda:
 
     def known_pilot(self, teachers: list[str]) -> dict[str, Any] | None:
         """The pilot that some of these teachers were measured with already: {teachers, shards, options, near}."""
-        folder = commit_folder("pilot")
-        for name in self.backend.list(folder):
-            record = unseal(f"{folder}/{name}", self.backend.read(f"{folder}/{name}"))
+        for path in pilots(self.backend):
+            record = unseal(path, self.backend.read(path))
             if set(record["teachers"]) & set(teachers):
                 return record
         return None

@@ -3,12 +3,17 @@
 Suffixes: C = rows of the dataset shard, N = samples.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from statsvc.arrays import write_chunk
 from statsvc.backends import Backend
+from statsvc.canonical import sha256
+from statsvc.checksum import CRC_NBYTES, crc32c
 from statsvc.dataset.shards import ShardSummary
 from statsvc.errors import ShardChanged, ShardTooLarge
+from statsvc.index import read_summary
 from statsvc.layout import sample_arrays
 from statsvc.ledger import Commit, Failure, Ledger
 
@@ -40,10 +45,7 @@ def index_shard(
             f"{rows_per_shard // per_image} of each; put it in a store made with data.rows_per_shard: "
             f"{summary.samples}"
         )
-    hash_C16 = np.zeros((rows_per_shard, 16), np.uint8)
-    if summary.key_hashes:
-        hash_N16 = np.frombuffer(b"".join(summary.key_hashes), np.uint8).reshape(-1, 16)
-        hash_C16[:rows] = np.repeat(hash_N16, per_image, axis=0)
+    hash_C16 = hashes_of_rows(summary, rows_per_shard, per_image)
     record = write_chunk(backend, sample_arrays(rows_per_shard)["key_hash"], shard, hash_C16)
     ledger.write(
         Commit(
@@ -58,6 +60,65 @@ def index_shard(
             objects=(record,),
         )
     )
+
+
+def hashes_of_rows(summary: ShardSummary, rows_per_shard: int, per_image: int) -> np.ndarray:
+    """uint8 [C, 16]: of each row the hash of its sample's key, zero where there is no such sample."""
+    hash_C16 = np.zeros((rows_per_shard, 16), np.uint8)
+    if summary.key_hashes:
+        hash_N16 = np.frombuffer(b"".join(summary.key_hashes), np.uint8).reshape(-1, 16)
+        hash_C16[: len(hash_N16) * per_image] = np.repeat(hash_N16, per_image, axis=0)
+    return hash_C16
+
+
+def lost_numbers(
+    names: list[str],
+    known: dict[str, int],
+    rows_per_shard: int,
+    per_image: int,
+    backend: Backend,
+    scan: Callable[[str], ShardSummary | None],
+) -> dict[str, int]:
+    """The numbers that dataset shards without an index had before it was lost.
+
+    By the summary of the index, or else by the hashes of their keys: for those the dataset shards are read, first the
+    ones that would get these numbers anyway.
+    """
+    new, taken = set(names), set(known.values())
+    found = {entry.name: n for n, entry in read_summary(backend).items() if entry.name in new and n not in taken}
+    taken |= set(found.values())
+    left = {
+        shard: hashes
+        for folder in backend.list("samples/key_hash/c")
+        if folder.isdecimal() and (shard := int(folder)) not in taken
+        and (hashes := _digest_of_rows(backend, shard, rows_per_shard)) is not None
+    }  # fmt: skip
+    likely = number(names, known | found)
+    for name in sorted(new - found.keys(), key=lambda name: (likely[name] not in left, name)):
+        if not left:
+            break
+        summary = scan(name)
+        if summary is None or summary.samples * per_image > rows_per_shard:
+            continue
+        digest = sha256(hashes_of_rows(summary, rows_per_shard, per_image).tobytes())
+        alike = sorted((shard for shard in left if left[shard] == digest), key=lambda n: (n != likely[name], n))
+        if alike:
+            found[name] = alike[0]
+            del left[alike[0]]
+    return found
+
+
+def _digest_of_rows(backend: Backend, shard: int, rows_per_shard: int) -> str | None:
+    """Of the hashes that are left of a dataset shard without an index commit; None where they are damaged."""
+    spec = sample_arrays(rows_per_shard)["key_hash"]
+    try:
+        data = backend.read(spec.object(shard))
+    except FileNotFoundError:
+        return None
+    content, seal = data[:-CRC_NBYTES], data[-CRC_NBYTES:]
+    if len(content) != rows_per_shard * spec.row_nbytes or crc32c(content).to_bytes(4, "little") != seal:
+        return None
+    return sha256(content) if any(content) else None
 
 
 def printable(text: str) -> str:

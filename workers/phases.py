@@ -14,17 +14,17 @@ from statsvc.arrays import declare_arrays, declare_group
 from statsvc.codec import codec
 from statsvc.dataset.shards import ShardReader, ShardSummary
 from statsvc.errors import DiskFull, Interrupted, PlanError, UnreadableShard
-from statsvc.layout import FORMAT, Output, commit_folder, pilot_path, sample_arrays
-from statsvc.ledger import attributes, seal, unseal
+from statsvc.layout import FORMAT, Output, pilot_path, sample_arrays
+from statsvc.lease import Lease
+from statsvc.ledger import attributes, pilots, seal, unseal, with_checksum
 from statsvc.plan import Plan, Statistics
 from statsvc.progress import Bars, Display
 from workers.agenda import Agenda
 from workers.engines.base import ATTEMPTS, Engine
 from workers.fingerprint import fingerprint
 from workers.fit import fit_options, fit_teacher, of_method
-from workers.index import index_shard, number
+from workers.index import index_shard, lost_numbers, number
 from workers.job import Unit
-from workers.lease import Lease
 from workers.pilot import Pilot, pilot_order
 from workers.worker import Ready
 
@@ -87,17 +87,21 @@ class Phases:
         if not agenda.has_store:
             views = self._plan.views.settings()
             about = {"format": FORMAT, "rows_per_shard": rows, "views": views, "images": list(self._plan.data.images)}
-            declare_group(self._backend, "", about)
+            declare_group(self._backend, "", with_checksum(about))
         kept = rows // per_image
         for name in [name for name, summary in summaries.items() if summary.samples > kept]:
             self._quarantine("index", name, f"holds {summaries.pop(name).samples} samples, this store keeps {kept}")
         known = agenda.known_numbers()
         lazy = agenda.usable("index") if self._plan.data.rows_per_shard is not None else told
-        agenda.numbers = number([*summaries, *lazy], known)
+        names = [name for name in (*summaries, *lazy) if name not in known]
+        known |= lost_numbers(names, known, rows, per_image, self._backend, lambda n: summaries.get(n) or self._scan(n))
+        agenda.numbers = number(names, known)
         declare_arrays(self._backend, sample_arrays(rows).values(), self._shard_count())
         for name, summary in summaries.items():
             index_shard(agenda.numbers[name], name, summary, rows, per_image, self._backend, agenda.store.ledger)
             self._check()
+        if summaries:
+            agenda.keep_index()
 
     def fit(self) -> None:
         """Measure and fit the teachers that are not fitted.
@@ -141,9 +145,8 @@ class Phases:
 
     def _replace_pilots(self, record: dict[str, Any]) -> None:
         """Write a pilot down in the place of those that its teachers had; the other teachers of those keep theirs."""
-        folder, paths = commit_folder("pilot"), {pilot_path(record["teachers"])}
-        old = {f"{folder}/{name}": unseal(f"{folder}/{name}", self._backend.read(f"{folder}/{name}"))
-               for name in self._backend.list(folder)}  # fmt: skip
+        paths = {pilot_path(record["teachers"])}
+        old = {path: unseal(path, self._backend.read(path)) for path in pilots(self._backend)}
         for path, content in old.items():
             rest = [name for name in content["teachers"] if name not in record["teachers"]]
             if rest == content["teachers"]:
@@ -161,6 +164,11 @@ class Phases:
         order = pilot_order([n for n in agenda.usable("measure") if n in agenda.numbers], self._plan.views.seed)
         if known is not None:
             names = {shard: name for name, shard in agenda.numbers.items()}
+            if gone := sorted(set(known) - names.keys()):
+                raise PlanError(
+                    f"data.shards: the pilot of {', '.join(teachers)} has the dataset shards {gone}, which have no "
+                    f"index; name them again, or remove {pilot_path(teachers)}, and another pilot is chosen"
+                )
             order, statistics = [names[shard] for shard in known], Statistics(images="all")
         method = self._plan.normalize
         pilot = Pilot(agenda.store, teachers, statistics, method, of_method(fit_options(self._plan), method))
@@ -262,7 +270,7 @@ class Phases:
                     "environment": self._ready.environment,
                 }
                 declare_group(self._backend, "teachers", {})
-                declare_group(self._backend, f"teachers/{name}", about)
+                declare_group(self._backend, f"teachers/{name}", with_checksum(about))
         declare_arrays(self._backend, self._agenda.arrays(), self._shard_count())
 
     def _check_space(self, units: list[Unit]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from statsvc.errors import PlanError
+from statsvc.lease import Lease
 from statsvc.moments import Moments
 from statsvc.plan import Plan
 from statsvc.progress import Display
 from statsvc.store import Store
 from statsvc.transform import Transform
 from workers.agenda import Agenda
-from workers.lease import Lease
 from workers.phases import Phases
 from workers.run import quarantine_report, started
 
@@ -35,6 +35,7 @@ def refit(
     if pending:
         show.line(f"finishing the refit of {', '.join(pending)} that was broken off, as it was begun")
     wanted = pending or choose(agenda, near, teachers, fresh)
+    agenda.backend.check()
     lease = Lease(agenda.backend)
     with started(agenda, lease, show) as (engine, ready, stopping), lease:
         agenda = Agenda(plan, agenda.resolved, lease)

@@ -10,13 +10,13 @@ from typing import Any
 
 from statsvc.errors import Interrupted, PlanError, StatsvcError
 from statsvc.layout import Output
+from statsvc.lease import Lease
 from statsvc.plan import Plan
 from statsvc.progress import Display
 from workers.agenda import Agenda
 from workers.engines import ENGINES
 from workers.engines.base import Engine, EngineSetup
 from workers.fit import DEFAULT_OPTIONS, fit_options
-from workers.lease import Lease
 from workers.phases import AGAIN, Phases, row_bytes
 from workers.summary import print_plan, print_summary
 from workers.worker import Ready
@@ -31,7 +31,10 @@ def run(plan: Plan, show: Display, *, dry_run: bool = False, retry: bool = False
     if retry:
         agenda.record.forget_quarantine()
     check_fits(agenda)
-    if not agenda.is_anything_missing():
+    missing = agenda.is_anything_missing()
+    if missing or retry:
+        agenda.backend.check()  # a finished store may be read only
+    if not missing:
         if retry and not dry_run:
             with Lease(agenda.backend):
                 agenda.record.save()
@@ -119,9 +122,7 @@ def stopping_on_signals(show: Display) -> Iterator[threading.Event]:
         if stopping.is_set():
             raise Interrupted(f"interrupted at once; all finished dataset shards are kept: {AGAIN}")
         stopping.set()
-        show.line(
-            "stopping; dataset shards in flight are finished first. Ctrl-C again stops at once, which loses only them"
-        )
+        show.line("stopping; what is in flight is finished first. Ctrl-C again stops at once, which loses only that")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

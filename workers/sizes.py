@@ -9,6 +9,7 @@ from pathlib import Path
 
 from statsvc.dataset.expand import DatasetShard
 from statsvc.dataset.folder import FolderShard
+from statsvc.dataset.source import read_small
 from statsvc.dataset.urls import beside, is_url, shown
 
 log = logging.getLogger("statsvc")
@@ -51,10 +52,6 @@ def _read_sizes(place: str) -> dict[str, int]:
 
 def _read(place: str) -> bytes | None:
     if is_url(place):
-        from statsvc.dataset.remote import (
-            read_small,  # here, because a run over local files should not wait for its import
-        )
-
         return read_small(place, SIZES_NBYTES)
     try:
         path = Path(place)

@@ -89,8 +89,10 @@ class Lease:
     ) -> None:
         self._ending.set()
         self._thread.join()
-        if self._lost is None:
-            self._backend.swap(LEASE, self._written, None)
+        if self._lost is None and not self._backend.swap(LEASE, self._written, None):
+            there = read_lease(self._backend)
+            if there is not None and self._is_mine(there):
+                self._backend.swap(LEASE, there, None)
 
     def check(self) -> None:
         """Raises LeaseError when the lease is no longer ours: whatever is done now would be done twice."""
@@ -114,6 +116,9 @@ class Lease:
             beat, begun = self._beat(), boot_time()
             try:
                 if not self._backend.swap(LEASE, self._written, beat) and (there := read_lease(self._backend)) != beat:
+                    if there is not None and self._is_mine(there):  # a beat that was given up, and arrived after all
+                        self._written = there
+                        continue
                     self._lost = "the store is gone" if there is None else "another driver took it over"
                     return
                 self._written, self._beaten = beat, begun
@@ -121,6 +126,9 @@ class Lease:
                 if boot_time() - self._beaten > LEASE_SECONDS:
                     self._lost = f"its heartbeat cannot be written: {error}"
                     return
+
+    def _is_mine(self, lease: bytes) -> bool:
+        return f'"token":"{self.token}"'.encode() in lease
 
     def _beat(self) -> bytes:
         return canonical_json({**self._mine, "heartbeat": time.time()})
