@@ -9,8 +9,12 @@ from collections import Counter, deque
 from typing import Any, NamedTuple
 
 from api.live import LiveStore
+from statsvc.ahead import ahead
+from statsvc.backends import Backend
 from statsvc.errors import DamagedObject, NotAStore
-from statsvc.layout import LEASE, LEASE_SECONDS, RUN
+from statsvc.heartbeat import driven_since
+from statsvc.index import read_summary
+from statsvc.layout import RUN, commit_path
 from statsvc.ledger import Commit
 from statsvc.store import Store
 
@@ -49,18 +53,25 @@ class Tally:
         present = store.ledger.shards(phase, teacher, set_)
         for shard in self.counted.keys() - set(present):
             self._add(self.counted.pop(shard), -1)
+        new = [shard for shard in present if shard not in self.counted]
+        known = _summary(store) if phase == "index" and len(new) == len(present) else {}
         self.damaged = 0
-        for shard in present:
-            if shard not in self.counted:
-                try:
-                    commit = store.ledger.read(phase, shard, teacher, set_)
-                except DamagedObject:
-                    self.damaged += 1
-                    continue
-                if commit is not None:
-                    figures = _figures(commit)
-                    self.counted[shard] = self._known.setdefault(figures, figures)
-                    self._add(figures, 1)
+
+        def read(shard: int) -> Figures | DamagedObject | None:
+            if shard in known:
+                return known[shard]
+            try:
+                commit = store.ledger.load(commit_path(phase, shard, teacher, set_))
+            except DamagedObject as error:
+                return error
+            return _figures(commit) if commit else None
+
+        for shard, figures in zip(new, ahead(read, new, store.backend.concurrency), strict=True):
+            if isinstance(figures, DamagedObject):
+                self.damaged += 1
+            elif figures is not None:
+                self.counted[shard] = self._known.setdefault(figures, figures)
+                self._add(self.counted[shard], 1)
 
     def shards(self, start: int = 0) -> list[int]:
         """The dataset shards that were counted, from `start` on, in order."""
@@ -85,11 +96,17 @@ def _figures(commit: Commit) -> Figures:
     return Figures(commit.samples or 0, commit.rows, nbytes, tuple((commit.status or {}).items()))
 
 
+def _summary(store: Store) -> dict[int, Figures]:
+    """What is told of the index as one object, instead of a commit for every dataset shard."""
+    return {shard: Figures(entry.samples, 0, 0, ()) for shard, entry in read_summary(store.backend).items()}
+
+
 class Census:
     """Tallies of the store, at most REFRESH_SECONDS old."""
 
     def __init__(self, live: LiveStore) -> None:
         self._live = live
+        self._record: tuple[str | None, tuple[int | None, int, list[str]]] | None = None  # with its version
         self._lock = threading.Lock()  # of whoever counts; the others take the counts of the last time
         self._begin(None)
 
@@ -203,17 +220,20 @@ class Census:
         }
 
     def _has_driver(self) -> bool:
-        try:
-            heartbeat = json.loads(self._live.backend.read(LEASE))["heartbeat"]
-            return bool(time.time() - heartbeat <= LEASE_SECONDS)
-        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
-            return False
+        return driven_since(self._live.backend) is not None
 
     def _run_record(self) -> tuple[int | None, int, list[str]]:
         """Planned and quarantined dataset shards and the teachers of the run's record, which itself is never served."""
-        try:
-            found = json.loads(self._live.backend.read(RUN))
-            quarantined = {name for shards in found.get("quarantine", {}).values() for name in shards}
-            return len(found["locations"]), len(quarantined), [str(name) for name in found["plan"]["teachers"]]
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return None, 0, []
+        version = self._live.backend.version(RUN)
+        if self._record is None or self._record[0] != version:
+            self._record = version, _read_record(self._live.backend)
+        return self._record[1]
+
+
+def _read_record(backend: Backend) -> tuple[int | None, int, list[str]]:
+    try:
+        found = json.loads(backend.read(RUN))
+        quarantined = {name for shards in found.get("quarantine", {}).values() for name in shards}
+        return len(found["locations"]), len(quarantined), [str(name) for name in found["plan"]["teachers"]]
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None, 0, []

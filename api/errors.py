@@ -49,6 +49,14 @@ class Busy(StatsvcError):
     """As many requests as the service takes are being answered."""
 
 
+class StorageFailed(StoreError):
+    """The storage behind the service gives no answer, or that of a server in trouble."""
+
+
+class StorageRefused(StoreError):
+    """The storage behind the service does not let it read."""
+
+
 # The most specific class counts. Everything else that is raised is a defect: 500.
 STATUS: dict[type[Exception], int] = {
     BadRequest: 422,
@@ -65,10 +73,11 @@ STATUS: dict[type[Exception], int] = {
     DamagedObject: 409,
     Busy: 503,
     NotAStore: 503,
+    StorageRefused: 502,
     StoreError: 503,
     OSError: 503,
 }
-RETRY_SECONDS = {503: 2}
+RETRY_SECONDS = {502: 30, 503: 2}
 NOT_YET_SECONDS = 10
 
 

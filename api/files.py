@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from api.objects import Readable
+from api.objects import Readable, Remote
 from api.ranges import Slice, asked, requested
 
 # What all transfers together may hand over in one turn of the event loop: a copy into the kernel of some 5 ms, for
@@ -23,6 +24,10 @@ TURN_NBYTES = 8 << 20
 MAX_SLICE_NBYTES = 4 << 20
 MIN_SLICE_NBYTES = 32 << 10
 THREADS = 16
+# Of objects on storage that cannot be mapped: what all transfers may hold, and what is worth a request to it.
+FETCHED_NBYTES = 128 << 20
+MIN_FETCHED_NBYTES = 256 << 10
+FETCHERS = 32  # threads, most of which wait for an answer
 
 T = TypeVar("T")
 
@@ -33,33 +38,67 @@ class Sender:
     def __init__(self, accel_prefix: str | None = None) -> None:
         self._accel_prefix = accel_prefix
         self._transfers = 0
-        self._threads = CapacityLimiter(THREADS)
+        self._threads, self._fetchers = CapacityLimiter(THREADS), CapacityLimiter(FETCHERS)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """For what waits for the disk: in threads that no other route can take all of."""
         return await run_sync(function, *arguments, limiter=self._threads)
 
-    async def send(self, readable: Readable, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, readable: Readable | Remote, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer GET or HEAD for an object, with ranges and conditions."""
-        size = len(readable.view)
+        size = readable.size
         part = requested(asked(scope["method"], scope["headers"]), size, readable.etag)
         if self._accel_prefix is not None and part.status in (200, 206):
             part = Slice(200, 0, 0)  # the server in front sends the bytes, and takes care of the range
         headers = _headers(readable, part, size)
         if self._accel_prefix is not None and part.status == 200:
             headers.append((b"x-accel-redirect", f"{self._accel_prefix}{readable.path}".encode()))
-        has_body = scope["method"] != "HEAD" and part.begin < part.end
-        if has_body:  # before the first byte, damage still gets an answer that says so
-            await self._warm_up(readable, part.begin, min(part.begin + MAX_SLICE_NBYTES, part.end))
-        await send({"type": "http.response.start", "status": part.status, "headers": headers})
-        if not has_body:
+        start = {"type": "http.response.start", "status": part.status, "headers": headers}
+        if scope["method"] == "HEAD" or part.begin == part.end:
+            await send(start)
             await send({"type": "http.response.body", "body": b""})
             return
+        if isinstance(readable, Remote):
+            await self._send_fetched(readable, part, start, receive, send)
+            return
+        # Before the first byte, damage still gets an answer that says so.
+        await self._warm_up(readable, part.begin, min(part.begin + MAX_SLICE_NBYTES, part.end))
+        await send(start)
         self._transfers += 1
         try:
             await self._send_slices(readable, part, receive, send)
         finally:
             self._transfers -= 1
+
+    async def _send_fetched(self, remote: Remote, part: Slice, start: Message, receive: Receive, send: Send) -> None:
+        """Slices of an object elsewhere. While one is sent the next is fetched, so that two are held at most."""
+
+        def fetch(begin: int) -> asyncio.Task[memoryview]:
+            end = min(begin + self._fetched_nbytes(), part.end)
+            read = partial(remote.read, begin, end, whole=(begin, end) != (part.begin, part.end))
+            return asyncio.ensure_future(run_sync(read, limiter=self._fetchers))
+
+        gone: asyncio.Future[None] | None = None
+        self._transfers += 1
+        following: asyncio.Task[memoryview] | None = fetch(part.begin)
+        try:
+            begin = part.begin
+            while following is not None:
+                bytes_ = await following  # before the first byte, what goes wrong still gets an answer that says so
+                if begin == part.begin:
+                    await send(start)
+                begin += len(bytes_)
+                following = fetch(begin) if begin < part.end else None
+                if following is not None and gone is None:
+                    gone = asyncio.ensure_future(_disconnected(receive))
+                if gone is not None and gone.done():
+                    return
+                await send({"type": "http.response.body", "body": bytes_, "more_body": following is not None})
+        finally:
+            self._transfers -= 1
+            for task in (gone, following):
+                if task is not None:
+                    task.cancel()
 
     async def _send_slices(self, readable: Readable, part: Slice, receive: Receive, send: Send) -> None:
         """Each slice is handed over once the socket took the one before, until the client has them all or goes away."""
@@ -87,11 +126,14 @@ class Sender:
         if readable.is_cold(begin, end):  # what lies on disk alone would hold up all other requests
             await self.in_thread(readable.warm_up, begin, end)
 
+    def _fetched_nbytes(self) -> int:
+        return max(MIN_FETCHED_NBYTES, min(MAX_SLICE_NBYTES, FETCHED_NBYTES // self._transfers))
+
     def _slice_nbytes(self) -> int:
         return max(MIN_SLICE_NBYTES, min(MAX_SLICE_NBYTES, TURN_NBYTES // self._transfers))
 
 
-def _headers(readable: Readable, part: Slice, size: int) -> list[tuple[bytes, bytes]]:
+def _headers(readable: Readable | Remote, part: Slice, size: int) -> list[tuple[bytes, bytes]]:
     headers = [
         (b"etag", readable.etag.encode()),
         (b"accept-ranges", b"bytes"),

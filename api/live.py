@@ -10,8 +10,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
+from api.remote import RemoteBackend
 from statsvc.backends import Backend
 from statsvc.errors import DamagedObject, NotAStore, StatsvcError
 from statsvc.layout import commit_path, fit_path
@@ -101,7 +102,8 @@ class LiveStore:
     """One store for all requests."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+        self.is_remote = backend.concurrency > 1  # what answers at once is asked anew for every request
+        self.backend = cast(Backend, RemoteBackend(backend)) if self.is_remote else backend
         self._lock = threading.Lock()
         self._opened: tuple[str, _CheckedStore] | None = None
         self._teacher = lru_cache(KEPT_TEACHERS)(self._open_teacher)

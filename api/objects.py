@@ -16,9 +16,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from api.live import LiveStore
+from api.remote import RemoteBackend
 from statsvc.backends import Backend
 from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject, NotFound
@@ -61,6 +62,7 @@ class Readable:
         load: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path, self.view, self.etag, self.media_type, self._load = path, view, etag, media_type, load
+        self.size = len(view)
         self._loaded = [-math.inf] * (len(view) // REGION_NBYTES + 1)  # when, by region
 
     def is_cold(self, begin: int, end: int) -> bool:
@@ -78,8 +80,33 @@ class Readable:
         self._loaded[first : last + 1] = [time.monotonic()] * (last + 1 - first)
 
 
+class Remote:
+    """An object on storage that cannot be mapped: its bytes are fetched as they are sent, and none is held."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, backend: RemoteBackend, record: ObjectRecord, version: str | None) -> None:
+        self.path, self.size, self.etag = record.path, record.bytes, f'"{record.content_crc32c}"'
+        self._backend, self._record, self._version = backend, record, version
+
+    def read(self, begin: int, end: int, *, whole: bool) -> memoryview:
+        """Bytes [begin, end), for which it waits. Raises DamagedObject for another object.
+
+        whole  the answer is more than these bytes: the others must be of the same version
+        """
+        bytes_ = memoryview(bytearray(end - begin))
+        try:
+            with self._backend.fetch(self._record, begin, end) as fill:
+                fill(bytes_)
+        except FileNotFoundError as error:
+            raise missing(self.path) from error
+        if whole and self._backend.version_now(self.path) != self._version:
+            raise DamagedObject(f"{self.path}: replaced while it was read; ask again")
+        return bytes_
+
+
 class _Kept(NamedTuple):
-    readable: Readable
+    readable: Readable | Remote
     versions: tuple[tuple[str, str | None], ...]  # of everything that was looked at
 
 
@@ -91,19 +118,25 @@ class Objects:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
-    def kept(self, path: str) -> Readable | None:
-        """An object that was opened before and still is the one that lies there; only looks, and so does not block."""
+    def kept(self, path: str) -> Readable | Remote | None:
+        """An object that was opened before and still is the one that lies there.
+
+        Only looks, and so does not block where the storage is local.
+        """
         with self._lock:
             found = self._kept.get(path)
-            if found is None:
-                return None
-            if any(self._live.backend.version(seen) != version for seen, version in found.versions):
-                del self._kept[path]
-                return None
-            self._kept.move_to_end(path)
-            return found.readable
+        if found is None:
+            return None
+        changed = any(self._live.backend.version(seen) != version for seen, version in found.versions)
+        with self._lock:
+            if self._kept.get(path) is found:
+                if changed:
+                    del self._kept[path]
+                else:
+                    self._kept.move_to_end(path)
+        return None if changed else found.readable
 
-    def open(self, path: str) -> Readable:
+    def open(self, path: str) -> Readable | Remote:
         """An object, kept or opened now.
 
         Raises NotFound where nothing may be read, DamagedObject where a commit vouches for other bytes.
@@ -126,11 +159,15 @@ class Objects:
                 raise absent(path) from error
             media_type = "application/octet-stream" if path.endswith(".safetensors") else "application/json"
             readable = Readable(path, content, f'"{crc32c_hex(crc32c(content))}"', media_type)
+            if self._live.is_remote and len(content) > HELD_NBYTES:
+                return readable  # which is not mapped, and so is not held either
             return self._keep(_Kept(readable, ((path, version),)))
         for commit in vouching(self._live.current(), found[1].split("/"), int(found[2])):
             for record in commit.objects:
                 if record.path == path:
                     versions = ((path, version), (commit.path, backend.version(commit.path)))
+                    if self._live.is_remote:
+                        return self._keep(_Kept(self._remote(record, version), versions))
                     view = self._view(path, record.bytes)
                     load = partial(load_pages, backend, record)
                     return self._keep(_Kept(Readable(path, view, f'"{record.content_crc32c}"', load=load), versions))
@@ -148,17 +185,20 @@ class Objects:
             if view is None:
                 view = memoryview(self._live.backend.read(path))
         except FileNotFoundError as error:
-            raise DamagedObject(
-                f"{path}: committed but missing; `statsvc verify --repair` and the next run restore it"
-            ) from error
+            raise missing(path) from error
         if len(view) != nbytes:
-            raise DamagedObject(
-                f"{path}: {len(view)} bytes where the commit says {nbytes}; `statsvc verify --repair` removes it, "
-                "and the next run restores it"
-            )
+            raise wrong_size(path, len(view), nbytes)
         return view
 
-    def _keep(self, kept: _Kept) -> Readable:
+    def _remote(self, record: ObjectRecord, version: str | None) -> Remote:
+        size = self._live.backend.size(record.path)
+        if size is None:
+            raise missing(record.path)
+        if size != record.bytes:
+            raise wrong_size(record.path, size, record.bytes)
+        return Remote(cast(RemoteBackend, self._live.backend), record, version)
+
+    def _keep(self, kept: _Kept) -> Readable | Remote:
         with self._lock:
             self._kept[kept.readable.path] = kept
             self._kept.move_to_end(kept.readable.path)
@@ -199,6 +239,19 @@ def vouching(store: Store, array: list[str], shard: int) -> Iterator[Commit]:
     for phase, teacher_name, cache_set in units:
         if commit := ledger.read(phase, shard, teacher_name, cache_set):
             yield commit
+
+
+def missing(path: str) -> DamagedObject:
+    """What a commit vouches for does not lie there."""
+    return DamagedObject(f"{path}: committed but missing; `statsvc verify --repair` and the next run restore it")
+
+
+def wrong_size(path: str, nbytes: int, due: int) -> DamagedObject:
+    """What lies there is not what a commit vouches for."""
+    return DamagedObject(
+        f"{path}: {nbytes} bytes where the commit says {due}; `statsvc verify --repair` removes it, and the next run "
+        "restores it"
+    )
 
 
 def absent(path: str) -> NotFound:

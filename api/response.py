@@ -5,14 +5,14 @@ from __future__ import annotations
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.objects import Readable
+from api.objects import Readable, Remote
 from api.service import Service
 
 
 class ObjectResponse(Response):
     """An object, sent as it lies there, with ranges and conditions."""
 
-    def __init__(self, readable: Readable, service: Service) -> None:
+    def __init__(self, readable: Readable | Remote, service: Service) -> None:
         super().__init__()
         self._readable, self._sender = readable, service.sender
 

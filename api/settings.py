@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -13,7 +13,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="STATSVC_", env_ignore_empty=True, frozen=True, extra="ignore")
 
-    store: str = Field(description="the store: a path; it may appear later")
+    store: str = Field(description="the store: a path, or s3://bucket/prefix; it may appear later")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all, with a token")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: a free one")
     token: SecretStr | None = Field(None, description="bearer token that every request but /healthz must carry")
@@ -32,8 +32,18 @@ class Settings(BaseSettings):
     @classmethod
     def _store_is_no_service(cls, store: str) -> str:
         if store.startswith(("http://", "https://")):
-            raise ValueError("a service reads a store itself, not another service: give its path")
+            raise ValueError(
+                "a service reads a store itself, not another service: give its path, or s3://bucket/prefix"
+            )
         return store
+
+    @model_validator(mode="after")
+    def _accel_is_for_files(self) -> Self:
+        if self.accel_prefix is not None and "://" in self.store.removeprefix("file://"):
+            raise ValueError(
+                "accel_prefix is for a store of files, which nginx sends itself; leave it out for objects elsewhere"
+            )
+        return self
 
     @field_validator("token")
     @classmethod

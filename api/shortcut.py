@@ -23,7 +23,8 @@ class Shortcut:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] in ("GET", "HEAD"):
+        # Whether an object is still the one that was kept, storage elsewhere would have to be asked: not from here.
+        if scope["method"] in ("GET", "HEAD") and not self._service.live.is_remote:
             for prefix, route in ROUTES.items():
                 path = scope["path"].removeprefix(prefix)
                 if path is not scope["path"] and (prefix != "/zarr/" or is_zarr(path)):

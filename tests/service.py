@@ -33,7 +33,7 @@ class Running:
 
 
 @contextmanager
-def serving(store_path: Path, **settings: Any) -> Iterator[Running]:
+def serving(store_path: Path | str, **settings: Any) -> Iterator[Running]:
     """Serve a store, which need not be there yet, on a free port of this machine."""
     chosen = Settings(store=str(store_path), **settings)
     server: uvicorn.Server
@@ -46,7 +46,7 @@ def serving(store_path: Path, **settings: Any) -> Iterator[Running]:
             while not server.started:
                 assert thread.is_alive(), "the server ended before it began"
                 time.sleep(0.01)
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", store_path, server)
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", Path(store_path), server)
         finally:
             server.should_exit = True
             thread.join(timeout=40)

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Query
 from api.models import Report
 from api.openapi import problems
 from api.service import ServiceDep, TeacherName
-from statsvc.drift import promise, shard_drift
+from statsvc.ahead import ahead
+from statsvc.drift import Drift, promise, shard_drift
 from statsvc.errors import DamagedObject, NotFound
 from statsvc.store import Teacher
 
@@ -61,15 +62,19 @@ def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int], dam
         promised = promise(targets)
     except NotFound:
         return []
-    found = []
-    for number in numbers:
+
+    def of(number: int) -> Drift | DamagedObject | None:
         try:
             commit = teacher.store.ledger.read("cache", number, teacher.name, cache_set)
-            of_shard = shard_drift(targets, commit, promised) if commit else None
-        except DamagedObject:
+            return shard_drift(targets, commit, promised) if commit else None
+        except DamagedObject as error:
+            return error
+
+    found = []
+    for number, of_shard in zip(numbers, ahead(of, numbers, teacher.store.backend.concurrency), strict=True):
+        if isinstance(of_shard, DamagedObject):
             damaged.add(number)
-            continue
-        if of_shard:
+        elif of_shard:
             found.append({name: value if not isinstance(value, float) or math.isfinite(value) else None
                           for name, value in of_shard._asdict().items()})  # fmt: skip
     return found

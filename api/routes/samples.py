@@ -14,9 +14,11 @@ from fastapi import APIRouter, Path, Request
 from api.models import Row, Sample
 from api.openapi import problems
 from api.service import ServiceDep
+from statsvc.ahead import ahead
 from statsvc.arrays import read_chunk
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.layout import STATUS_NAMES, key_hash, sample_arrays, teacher_status
+from statsvc.layout import STATUS_NAMES, commit_path, key_hash, sample_arrays, teacher_status
+from statsvc.ledger import Commit
 from statsvc.store import Store
 
 router = APIRouter(tags=["samples"])
@@ -33,14 +35,26 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     store = service.live.current()
     raw_key = unquote_to_bytes(request.scope["raw_path"]).partition(b"/samples/")[2]  # keys need not be UTF-8
     wanted = np.frombuffer(key_hash(raw_key.decode("utf-8", "surrogateescape")), np.uint8)
-    rows, damaged = list[Row](), 0
+    spec, damaged = sample_arrays(store.rows_per_shard)["key_hash"], 0
+
+    def matching(shard: int) -> list[Row] | DamagedObject:
+        try:
+            commit = store.ledger.load(commit_path("index", shard))
+            if commit is None:
+                return []  # removed a moment ago
+            hash_C16 = read_chunk(store.backend, spec, shard, commit)
+            indices = np.flatnonzero((hash_C16 == wanted).all(axis=1)).tolist()
+            return found_rows(store, commit, indices) if indices else []
+        except DamagedObject as error:
+            return error
+
     with service.one_of_few():
-        for shard in service.census.indexed():
-            try:
-                matching = np.flatnonzero((store.key_hashes(shard) == wanted).all(axis=1)).tolist()
-                rows += found_rows(store, shard, matching) if matching else []
-            except DamagedObject:
+        rows = list[Row]()
+        for found in ahead(matching, service.census.indexed(), store.backend.concurrency):
+            if isinstance(found, DamagedObject):
                 damaged += 1
+            else:
+                rows += found
     if not rows and damaged:
         raise DamagedObject(f"no sample {key!r} in what can be read; {damaged} dataset shards cannot: `statsvc verify`")
     if not rows:
@@ -48,19 +62,19 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
     return Sample(key=key, rows=rows)
 
 
-def found_rows(store: Store, shard: int, indices: list[int]) -> list[Row]:
+def found_rows(store: Store, indexed: Commit, indices: list[int]) -> list[Row]:
     """What is known of some rows of a dataset shard."""
+    shard = indexed.shard
     teachers, status_C, views = dict[str, np.ndarray](), None, store.views_per_image
     for name in store.teachers():
         for set_ in store.teacher(name).cache_sets():
             if commit := store.ledger.read("cache", shard, name, set_):
                 specs = teacher_status(name, store.rows_per_shard), sample_arrays(store.rows_per_shard)["status"]
                 teachers[name], status_C = (read_chunk(store.backend, spec, shard, commit) for spec in specs)
-    indexed = store.ledger.read("index", shard)
     return [
         Row(
             row=shard * store.rows_per_shard + index,
-            dataset_shard=indexed.name if indexed else None,
+            dataset_shard=indexed.name,
             shard=shard,
             position=index // views,
             view=index % views,

@@ -12,9 +12,11 @@ from api.models import ShardEntry, Shards
 from api.openapi import OBJECT, RANGE_HEADERS, problems
 from api.response import ObjectResponse
 from api.service import Service, ServiceDep, TeacherName
+from statsvc.ahead import ahead
 from statsvc.codec import codec
 from statsvc.errors import DamagedObject, NotFound
 from statsvc.layout import ArraySpec, cache_arrays, set_dtype
+from statsvc.ledger import Commit
 from statsvc.store import Teacher
 
 router = APIRouter(tags=["feature shards"])
@@ -57,10 +59,16 @@ def list_shards(
     ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
     numbers = service.census.shards(name, chosen, start)
     entries, damaged, digest = [], [], None
-    for number in numbers[:limit]:
+
+    def read(number: int) -> Commit | DamagedObject | None:
         try:
-            commit = ledger.read("cache", number, name, chosen)
-        except DamagedObject:
+            return ledger.read("cache", number, name, chosen)
+        except DamagedObject as error:
+            return error
+
+    page = numbers[:limit]
+    for number, commit in zip(page, ahead(read, page, service.live.backend.concurrency), strict=True):
+        if isinstance(commit, DamagedObject):
             damaged.append(number)
             continue
         if commit is None:
