@@ -1,8 +1,8 @@
-# make setup | run | test | check | bench | bench-gpu | experiment | compose-test    (PYTHON=python3.12 make setup, for another interpreter)
+# make setup | run | test | check | fault-test | compose-test | bench | bench-gpu | experiment | scale    (PYTHON=python3.12 make setup, for another interpreter)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check bench bench-gpu experiment compose-test clean
+.PHONY: setup run test check fault-test compose-test bench bench-gpu experiment scale clean
 
 setup: .venv/installed
 
@@ -47,9 +47,18 @@ bench-gpu: setup
 experiment: setup
 	$(BIN)/python -m tests.benchmarks.experiment --json tests/benchmarks/records/experiment.json --readme README.md
 
+# 100,000 dataset shards in memory: what they cost the driver, readers and the service. 4 GB of files there; needs a machine with nothing else to do.
+scale: setup
+	$(BIN)/python -m tests.benchmarks.scale --json tests/benchmarks/records/scale.json --readme README.md
+
 # The CPU containers for real, from the build to processes that are killed under them. Needs docker with compose.
 compose-test: setup
 	$(BIN)/python -m tests.compose
+
+# Kills, full disks, clocks that jump, storage that fails, inputs that rot; ends with a table of what was survived.
+# As root also what needs a mount; with FAULTS='--faults-readme README.md' the table goes there.
+fault-test: setup
+	$(BIN)/python -m pytest -o python_files='fault_*.py' tests/faults $(FAULTS)
 
 clean:
 	rm -rf .venv .venv-teachers .bench-peers demo

@@ -61,9 +61,16 @@ def test_what_is_lost_with_a_worker_is_taken_back(clock: Clock, output: io.Strin
     with display.phase_of_teachers("measure", {"dino": 30}) as bars:
         bars.advance("dino", 20)
         bars.advance("dino", -20)
+        clock.now += LOG_SECONDS
+        bars.advance("dino", 10)
+        assert output.getvalue() == "measure dino: 10 of 30 images, 1.0/s, 20 s left\n"
+
+
+def test_a_phase_that_is_over_has_no_time_left(clock: Clock, output: io.StringIO, display: Display) -> None:
+    with display.phase_of_teachers("measure", {"dino": 30}) as bars:
         clock.now += 1
         bars.advance("dino", 10)
-    assert output.getvalue() == "measure dino: 10 of 30 images, 10.0/s, 2 s left\n"
+    assert output.getvalue() == "measure dino: 10 of 30 images, 10.0/s\n"
 
 
 def test_a_terminal_has_a_bar_for_each_teacher() -> None:

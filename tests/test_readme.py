@@ -17,8 +17,10 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
 
+from statsvc.backends import backend
 from statsvc.plan import read_plan
 from tests.ports import free_port
+from tests.s3_server import S3Server
 from workers.demo import write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -30,11 +32,19 @@ def test_the_readme_has_only_blocks_that_this_file_knows_how_to_run() -> None:
 
 
 @pytest.fixture
-def user(tmp_path: Path) -> dict[str, str]:
+def bucket(s3: S3Server) -> str:
+    """What the README calls s3://features."""
+    return s3.location()
+
+
+@pytest.fixture
+def user(tmp_path: Path, bucket: str) -> dict[str, str]:
     """A user's folder with photographs, and an environment whose hub cache holds small models of the README's names."""
     (tmp_path / "photos").mkdir()
     for shard in range(2):
-        write_shard(tmp_path / "photos" / f"train-{shard:06d}.tar", range(shard * 3, shard * 3 + 3))
+        tar = tmp_path / "photos" / f"train-{shard:06d}.tar"
+        write_shard(tar, range(shard * 3, shard * 3 + 3))
+        backend(bucket).write(f"photos/{tar.name}", tar.read_bytes())
     torch.manual_seed(0)
     layers: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     siglip = SiglipConfig(
@@ -57,16 +67,16 @@ def in_hub_cache(hub: Path, name: str, model: torch.nn.Module) -> None:
     model.save_pretrained(repository / "snapshots" / commit)  # type: ignore[operator]
 
 
-def test_every_code_block_runs_as_it_stands(tmp_path: Path, user: dict[str, str]) -> None:
+def test_every_code_block_runs_as_it_stands(tmp_path: Path, user: dict[str, str], bucket: str) -> None:
     port = str(free_port())
     user["STATSVC_PORT"] = port
     with ExitStack() as servers:
         for language, block in BLOCKS:
-            code = block.replace("localhost:8000", f"localhost:{port}")
+            code = block.replace("localhost:8000", f"localhost:{port}").replace("s3://features", bucket)
             if language == "yaml":
                 path = tmp_path / code.split()[1]  # the first line is a comment that names the file
                 path.write_text(code)
-                if path.name == "my-plan.yaml":
+                if path.name in ("my-plan.yaml", "cluster-plan.yaml"):
                     read_plan(path)
             elif language == "bash":
                 for line in code.splitlines():

@@ -21,9 +21,9 @@ import zarr
 
 import statsvc
 from statsvc.backends import backend
+from statsvc.lease import Lease
 from tests.plans import TINY_DINO, TINY_SIGLIP, plan_document, tiny_dino, write_plan
 from workers.demo import write_shard
-from workers.lease import Lease
 
 COMMAND = [sys.executable, "-c", "from statsvc.cli import main; main()"]
 LEFT_OUT = "run.json"  # holds where things lie, so it differs between folders
