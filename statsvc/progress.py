@@ -71,7 +71,7 @@ class Display:
             lines = {n: _Lines(self, n, total, unit) for n, total in totals.items()}
             yield lines
             for line in lines.values():
-                line.report()
+                line.report(ended=True)
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class _Lines:
         if time.monotonic() - self._reported >= LOG_SECONDS:
             self.report()
 
-    def report(self) -> None:
+    def report(self, ended: bool = False) -> None:
         self._reported = time.monotonic()
         seconds = self._reported - self._begun
         rate = self._done / seconds if seconds else 0.0
         text = f"{self._name}: {self._done}" + (f" of {self._total}" if self._total is not None else "")
         text += f" {self._unit}, {rate:.1f}/s"
-        if self._total is not None and rate > 0 and self._done < self._total:
+        if self._total is not None and rate > 0 and self._done < self._total and not ended:
             text += f", {(self._total - self._done) / rate:.0f} s left"
         self._display.line(text)
