@@ -95,6 +95,18 @@ def test_a_storage_that_says_nothing_for_thirty_seconds_is_asked_again(
     settle(line, remote, s3_once, undisturbed, count)
 
 
+def test_a_storage_that_says_nothing_when_the_lease_is_taken_is_asked_again(
+    remote: Site, s3_once: S3Server, undisturbed: Site, faults: Faults
+) -> None:
+    line = faults(f"S3: stall of {STALL_SECONDS} s")
+    with faulty_proxy(s3_once.endpoint) as proxy:
+        proxy.fail(Fault("stall", STALL_SECONDS), times=1, method="PUT", path="lease.json")
+        ended = remote.run(environment=environment(proxy.endpoint))
+        assert ended.code == 0, ended
+        assert sum(proxy.injected.values()) == 1
+    settle(line, remote, s3_once, undisturbed, 1)
+
+
 def test_a_storage_that_is_gone_for_good_ends_the_run_with_a_sentence(
     remote: Site, s3_once: S3Server, undisturbed: Site, faults: Faults
 ) -> None:

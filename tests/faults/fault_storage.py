@@ -134,6 +134,8 @@ def test_a_store_that_is_read_only_from_the_start_is_refused_and_can_be_read(
     remount(mounted, "rw")
     assert mounted.run().code == 0
     remount(mounted, "ro")
+    again = mounted.run()
+    assert (again.code, again.printed.startswith("nothing to do")) == (0, True), again
     line.settle(mounted, undisturbed, unusable=UNUSABLE)
 
 
