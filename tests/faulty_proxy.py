@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -140,30 +140,32 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(value)
         if fault and kind in ("status", "reset"):
             if fault.reached:
-                self._forward(body).close()
+                with suppress(OSError, http.client.HTTPException), self._forwarded(body):
+                    pass
             if kind == "reset":
                 self._reset()
             else:
                 self._answer(int(value))
             return
-        with suppress(OSError, http.client.HTTPException):
-            self._relay(self._forward(body), kind, value)
+        with suppress(OSError, http.client.HTTPException), self._forwarded(body) as answer:
+            self._relay(answer, kind, value)
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
 
-    def _forward(self, body: bytes) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
-        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():  # Host too: it is signed
-            if name.lower() != "connection":
-                connection.putheader(name, value)
-        connection.putheader("Connection", "close")
-        connection.endheaders(body or None)
-        return connection.getresponse()
+    @contextmanager
+    def _forwarded(self, body: bytes) -> Iterator[http.client.HTTPResponse]:
+        with closing(http.client.HTTPConnection(self.server.upstream, timeout=60)) as connection:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():  # Host too: it is signed
+                if name.lower() != "connection":
+                    connection.putheader(name, value)
+            connection.putheader("Connection", "close")
+            connection.endheaders(body or None)
+            with connection.getresponse() as answer:
+                yield answer
 
     def _relay(self, answer: http.client.HTTPResponse, kind: str, value: float) -> None:
-        with answer:
-            body = b"" if self.command == "HEAD" else answer.read()
+        body = b"" if self.command == "HEAD" else answer.read()
         self.send_response_only(answer.status, answer.reason)
         for name, text in answer.getheaders():
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):

@@ -124,7 +124,7 @@ def test_a_run_over_a_folder_gives_the_bytes_of_local_tars(of_tars: Path, tmp_pa
     data = {"shards": f"{tmp_path}/photos", "images_per_shard": 4}
     assert run(tmp_path, **data) == 0
     # The index has the size and checksum of the dataset shard itself.
-    assert objects(tmp_path, "commits/index") == objects(of_tars, "commits/index")
+    assert objects(tmp_path, "commits/index", "index.json") == objects(of_tars, "commits/index", "index.json")
 
 
 def test_a_folder_with_an_image_more_is_refused_and_its_targets_stay(
