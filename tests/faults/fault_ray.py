@@ -58,6 +58,7 @@ def test_workers_and_nodes_of_a_cluster_that_are_killed_lose_nothing_and_double_
     site.photos.symlink_to(inline.photos)
     shutil.copy(INSIDE / "models.py", site.folder)  # nodes look where the driver was started
     site.plan(engine={**ENGINE, "kind": "ray", "address": cluster.address})
+    (site.folder / "slowly").write_text("1.5")  # or the run would end before the kills, on a quick machine
     chosen = random.Random(6)
     with site.started(environment=cluster.environment) as driver:
         driver.wait_for(lambda: len(cluster.workers()) == 2)
@@ -70,6 +71,7 @@ def test_workers_and_nodes_of_a_cluster_that_are_killed_lose_nothing_and_double_
                 wait_for_commits(site, driver, 1)
                 cluster.kill(SECOND)
                 nodes.injected += 1
+        (site.folder / "slowly").unlink()
         ended = driver.end()
     assert ended.code == 0, ended
     assert (workers.injected, nodes.injected) == (WORKER_KILLS, NODE_KILLS)

@@ -116,7 +116,7 @@ class Site:
         folder.mkdir(exist_ok=True)
         for file in ("reached", "go"):
             (folder / file).unlink(missing_ok=True)
-        told = {"FAULTS": json.dumps({"folder": str(folder), **faults}), "PYTHONPATH": PATH}
+        told = {"FAULT_SETTINGS": json.dumps({"folder": str(folder), **faults}), "PYTHONPATH": PATH}
         with (folder / "printed").open("wb") as printed, (folder / "errors").open("wb") as errors:
             process = subprocess.Popen(
                 [sys.executable, str(INSIDE / "start.py"), "run", str(self.folder / "plan.yaml"), *arguments],

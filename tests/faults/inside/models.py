@@ -5,11 +5,14 @@ Suffixes: B = images, S = side in pixels, T = tokens, D = channels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
 WIDTH, CELLS = 12, 4
+SLOWLY = Path("slowly")  # where a run was started: the seconds that a batch takes, for tests that need time
 Model = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
 
@@ -19,6 +22,8 @@ def steady() -> Model:
     scale_D = torch.logspace(-1, 1, WIDTH)
 
     def model(pixels_B3SS: torch.Tensor) -> dict[str, torch.Tensor]:
+        if SLOWLY.exists():
+            time.sleep(float(SLOWLY.read_text()))
         cells_BT3 = torch.nn.functional.adaptive_avg_pool2d(pixels_B3SS, CELLS).flatten(2).mT
         # A sum of three products, one after the other: no matrix multiplication whose order depends on the batch.
         waves_BTD = sum(cells_BT3[..., i, None] * map_3D[i] for i in range(3))

@@ -1,7 +1,7 @@
 """`statsvc` with a place where it waits, another clock, or other constants: `python start.py run PLAN`.
 
 Workers and decoders are spawned from this file, so what it changes is changed in them as well. What that is says the
-variable FAULTS, in JSON:
+variable FAULT_SETTINGS, in JSON:
     hold       where to wait once: "fit", "commit PHASE SHARD", "begin N" or "rows N": before a process begins its N-th
                feature shard, or writes its N-th batch of rows
     folder     there `reached` is made by whoever comes to that place, who then waits for `go`
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
+FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULT_SETTINGS", "{}"))
 REAL_TIME = time.time
 
 
