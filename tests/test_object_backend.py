@@ -22,7 +22,7 @@ from statsvc.errors import DamagedObject, PlanError, StoreError
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.http_stub import record_of
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.test_backends import BEGIN_AND_WAIT, BackendContract, start
+from tests.test_backends import BackendContract, start
 
 # Each script is given the location of the storage.
 WRITE_PARTS_AND_WAIT = f"""
@@ -76,6 +76,8 @@ os._exit(0)
 
 
 class TestObjectBackend(BackendContract):
+    LEFT_BEHIND = 0  # parts that were sent are no object, and are removed by a rule of the bucket
+
     @pytest.fixture
     def location(self, s3_store: str) -> str:
         return s3_store
@@ -89,20 +91,6 @@ class TestObjectBackend(BackendContract):
         upload.file.write(b"5678")
         upload.publish()
         assert storage.read("object") == b"12345678"
-
-    def test_a_writer_that_is_killed_leaves_nothing_but_what_a_sweep_removes(
-        self, location: str, storage: Backend
-    ) -> None:
-        """Nothing that this storage shows: parts that were sent are removed by a rule of the bucket."""
-        storage.write("folder/other", b"1")
-        with start(BEGIN_AND_WAIT, location) as writer:
-            assert writer.stdout
-            writer.stdout.readline()
-            writer.kill()
-        assert storage.list("folder") == ["other"]
-        assert storage.size("folder/object") is None
-        assert storage.sweep() == 0
-        assert storage.read("folder/other") == b"1"
 
 
 # --- long objects ---

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from statsvc.backends.forwarding import ForwardingBackend
 from statsvc.checksum import crc32c, crc32c_hex
 from statsvc.diskcache import DiskCache
 from statsvc.errors import DamagedObject
 
 if TYPE_CHECKING:
-    from statsvc.backends import Backend, Fill, Upload
+    from statsvc.backends import Backend, Fill
     from statsvc.ledger import ObjectRecord
 
 log = logging.getLogger("statsvc")
@@ -27,7 +28,7 @@ BLOCK_NBYTES = 256 << 10  # received, summed and written while it is in the proc
 THREADS = 2  # that fetch ahead
 
 
-class CachedBackend:
+class CachedBackend(ForwardingBackend):
     """Objects with a record come from the cache, where they are whole; all else is asked of the backend.
 
     A range of an object is asked of the backend too: whoever reads whole shards maps them.
@@ -36,12 +37,9 @@ class CachedBackend:
     """
 
     def __init__(self, backend: Backend, cache: DiskCache, location: str) -> None:
-        self._backend, self._cache, self._location = backend, cache, location
+        super().__init__(backend)
+        self._cache, self._location = cache, location
         self._begin()
-
-    @property
-    def concurrency(self) -> int:
-        return self._backend.concurrency
 
     def __reduce__(self) -> tuple[type[CachedBackend], tuple[Backend, DiskCache, str]]:
         return CachedBackend, (self._backend, self._cache, self._location)
@@ -94,42 +92,6 @@ class CachedBackend:
         log.warning("%s: the copy in %s is damaged; fetching it again", record.path, self._cache.folder)
         self._cache.discard(self._name(record))
         return True
-
-    def read(self, path: str) -> bytes:
-        return self._backend.read(path)
-
-    def version(self, path: str) -> str | None:
-        return self._backend.version(path)
-
-    def size(self, path: str) -> int | None:
-        return self._backend.size(path)
-
-    def list(self, folder: str) -> list[str]:
-        return self._backend.list(folder)
-
-    def write(self, path: str, data: bytes) -> None:
-        self._backend.write(path, data)
-
-    def create(self, path: str) -> Upload:
-        return self._backend.create(path)
-
-    def remove(self, path: str) -> None:
-        self._backend.remove(path)
-
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
-        return self._backend.swap(path, expected, data)
-
-    def sweep(self) -> int:
-        return self._backend.sweep()
-
-    def free_bytes(self) -> int | None:
-        return self._backend.free_bytes()
-
-    def check(self) -> None:
-        self._backend.check()
-
-    def exists(self) -> bool:
-        return self._backend.exists()
 
     def _begin(self) -> None:
         self._process, self._lock, self._threads = os.getpid(), threading.Lock(), 0

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, BinaryIO
 
+from statsvc.backends.forwarding import ForwardingBackend
 from statsvc.errors import LeaseError, StoreError
 from statsvc.layout import LEASE
 
 if TYPE_CHECKING:
-    from statsvc.backends import Backend, Fill, Upload
-    from statsvc.ledger import ObjectRecord
+    from statsvc.backends import Backend, Upload
 
 SHARE = 0.05  # of the time may go into looking at the lease, where that takes long
 BELIEVED_SECONDS = 1.0  # at most, from the beginning of the look on
@@ -60,15 +59,12 @@ class Fence:
             raise LeaseError("another driver took this store over; nothing more is written here, run again to go on")
 
 
-class FencedBackend:
+class FencedBackend(ForwardingBackend):
     """Reads what the backend has; before it writes, the fence is asked."""
 
     def __init__(self, backend: Backend, fence: Fence) -> None:
-        self._backend, self._fence = backend, fence
-
-    @property
-    def concurrency(self) -> int:
-        return self._backend.concurrency
+        super().__init__(backend)
+        self._fence = fence
 
     def write(self, path: str, data: bytes) -> None:
         self._fence.check()
@@ -89,36 +85,6 @@ class FencedBackend:
     def sweep(self) -> int:
         self._fence.check()
         return self._backend.sweep()
-
-    def read(self, path: str) -> bytes:
-        return self._backend.read(path)
-
-    def view(self, path: str, record: ObjectRecord | None = None) -> memoryview | None:
-        return self._backend.view(path, record)
-
-    def forget(self, record: ObjectRecord) -> bool:
-        return self._backend.forget(record)
-
-    def fetch(self, record: ObjectRecord, begin: int, end: int) -> AbstractContextManager[Fill]:
-        return self._backend.fetch(record, begin, end)
-
-    def version(self, path: str) -> str | None:
-        return self._backend.version(path)
-
-    def size(self, path: str) -> int | None:
-        return self._backend.size(path)
-
-    def list(self, folder: str) -> list[str]:
-        return self._backend.list(folder)
-
-    def free_bytes(self) -> int | None:
-        return self._backend.free_bytes()
-
-    def check(self) -> None:
-        self._backend.check()
-
-    def exists(self) -> bool:
-        return self._backend.exists()
 
 
 class _FencedUpload:
