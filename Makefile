@@ -21,8 +21,8 @@ test: setup .venv-teachers/installed
 	$(BIN)/python -m pytest
 
 # timm and open_clip bring torchvision, which must not be where transformers is tested without it.
-.venv-teachers/installed: .venv/installed tests/teachers-env.txt tests/teachers_env.py tests/torchvision_operators.py
-	$(BIN)/python -m tests.teachers_env
+.venv-teachers/installed: .venv/installed tests/support/teachers-env.txt tests/support/teachers_env.py tests/support/torchvision_operators.py
+	$(BIN)/python -m tests.support.teachers_env
 	touch $@
 
 check: setup

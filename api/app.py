@@ -11,16 +11,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors
-from api.guard import Guard
-from api.head import HeadAsGet
-from api.live import LiveStore
-from api.observe import Observe
+from api.middleware.guard import Guard
+from api.middleware.head import HeadAsGet
+from api.middleware.observe import Observe
 from api.openapi import EVERYWHERE, with_problem_schema
 from api.routes import ROUTERS
 from api.service import Service
+from api.serving.send import Shortcut
 from api.settings import Settings
-from api.shortcut import Shortcut
-from statsvc.backends import backend
+from api.state.live_store import LiveStore
+from statsvc.storage import open_backend
 
 DESCRIPTION = """Fitted normalizations (PHI-S and others) and cached, normalized teacher features for student training.
 
@@ -48,7 +48,7 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
 
     Raises PlanError for a store location that can never be one.
     """
-    service = Service(settings, LiveStore(backend(settings.store)), stopping)
+    service = Service(settings, LiveStore(open_backend(settings.store)), stopping)
     app = _LayeredApp(
         title="statsvc",
         description=DESCRIPTION,
@@ -60,7 +60,7 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    layers: ASGIApp = Guard(Shortcut(HeadAsGet(app.answer), service), service)
+    layers: ASGIApp = Guard(Shortcut(HeadAsGet(app.answer), service.objects, service.sender), settings, service.metrics)
     if settings.cors_origins:  # outside the guard, as a browser asks for leave without a token
         layers = CORSMiddleware(
             layers,
@@ -77,7 +77,7 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
                 "X-Request-ID",
             ],
         )
-    app.layers = Observe(layers, service)
+    app.layers = Observe(layers, service.metrics)
     _document(app, needs_token=settings.token is not None)
     return app
 

@@ -14,10 +14,10 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from api.app import create_app
-from api.protocol import Protocol
+from api.middleware.protocol import Protocol
 from api.settings import Settings
 from statsvc.errors import NotAStore, PlanError, StatsvcError
-from statsvc.store import open_store
+from statsvc.store.reader import open_store
 
 STALL_MILLISECONDS = 120_000  # a client that takes no byte for so long is gone
 OPEN_FILES = 65_536  # one for each connection; many systems begin with 1024

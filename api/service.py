@@ -9,13 +9,13 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
-from api.census import Census
 from api.errors import Busy
-from api.files import Sender
-from api.live import LiveStore
-from api.metrics import Metrics
-from api.objects import Objects
+from api.serving.objects import Objects
+from api.serving.send import Sender
 from api.settings import Settings
+from api.state.counts import Census
+from api.state.live_store import LiveStore
+from api.state.metrics import Metrics
 
 FEW = 4
 
@@ -26,7 +26,7 @@ class Service:
     def __init__(self, settings: Settings, live: LiveStore, stopping: Callable[[], bool]) -> None:
         self.settings, self.live, self.stopping = settings, live, stopping
         self.objects = Objects(live)
-        self.sender = Sender(settings.accel_prefix)
+        self.sender = Sender(self.objects, settings.accel_prefix)
         self.census = Census(live)
         self._few = threading.BoundedSemaphore(FEW)
         self.metrics = Metrics(self.census)

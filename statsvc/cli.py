@@ -40,7 +40,7 @@ def run(plan: Path, dry_run: bool, retry: bool, store: str | None) -> int:
     from statsvc.progress import Display
 
     asked = read_plan(plan, store)
-    driver = _extra("workers.run", "worker")
+    driver = _extra("workers.driver.run", "worker")
     code: int = driver.run(asked, Display(), dry_run=dry_run, retry=retry)
     return code
 
@@ -60,7 +60,7 @@ def refit(plan: Path, near: tuple[str, ...], teachers: tuple[str, ...], fresh: b
     from statsvc.progress import Display
 
     asked = read_plan(plan, store)
-    driver = _extra("workers.refit", "worker")
+    driver = _extra("workers.driver.refit", "worker")
     code: int = driver.refit(asked, Display(), near=near, teachers=teachers, fresh=fresh)
     return code
 
@@ -85,8 +85,8 @@ def serve(**options: Any) -> int:
 @json_option
 def status(location: str, as_json: bool) -> int:
     """Count what is indexed, measured, fitted and cached, and list what could not be used."""
-    from statsvc.status import describe, print_status
-    from statsvc.store import open_store
+    from statsvc.store.reader import open_store
+    from statsvc.store.status import describe, print_status
 
     found = describe(open_store(location))
     if as_json:
@@ -102,8 +102,8 @@ def status(location: str, as_json: bool) -> int:
 @click.option("--repair", is_flag=True, help="Remove damaged objects and their commits; the next run restores them.")
 def verify(location: str, as_json: bool, repair: bool) -> int:
     """Check every checksum, count, digest and zarr.json; print one line per damaged or foreign object."""
-    from statsvc.repair import verify_and_repair
-    from statsvc.verify import examine
+    from statsvc.integrity.repair import verify_and_repair
+    from statsvc.integrity.verify import examine
 
     removed, requeued = list[str](), dict[str, int]()
     if repair:
@@ -142,7 +142,7 @@ def estimate(plan: Path, images: int, as_json: bool, store: str | None) -> int:
     from statsvc.plan import read_plan
 
     asked = read_plan(plan, store)
-    found, tables = _extra("workers.estimate", "worker"), _extra("workers.tables", "worker")
+    found, tables = _extra("workers.estimate.estimate", "worker"), _extra("workers.estimate.table", "worker")
     told = found.estimate(asked, images, lambda line: click.echo(line, err=True))
     if as_json:
         click.echo(json.dumps(told, indent=2, allow_nan=False))
@@ -166,7 +166,10 @@ def distill(plan: Path, student: Path, store: str | None) -> int:
     from statsvc.progress import Display
 
     asked = read_plan(plan, store)
-    trainer, recipes = _extra("statsvc.student.distill", "student"), _extra("statsvc.student.recipe", "student")
+    trainer, recipes = (
+        _extra("statsvc.student.distill.run", "student"),
+        _extra("statsvc.student.distill.recipe", "student"),
+    )
     code: int = trainer.distill(asked, recipes.read_recipe(student), Display())
     return code
 
@@ -190,8 +193,8 @@ def export(location: str, file: Path, force: bool, **wish: Any) -> int:
 
     Beside FILE.npy, FILE.npy.rows.npy holds the number of each row.
     """
-    from statsvc.export import Wish
-    from statsvc.export import export as write
+    from statsvc.store.export import Wish
+    from statsvc.store.export import export as write
 
     click.echo(write(location, Wish(**wish), file, force=force))
     return DONE

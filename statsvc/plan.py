@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from statsvc.codec import CODECS
-from statsvc.document import show
-from statsvc.normalizations import METHODS
-from statsvc.section import Section, one_of, read_section
-from statsvc.views import RANDOM
+from statsvc.config import Section, one_of, read_section, show
+from statsvc.numerics.codec import CODECS
+from statsvc.numerics.normalizations import METHODS
+from statsvc.numerics.views import RANDOM
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 Fraction = Annotated[float, Field(gt=0, le=1)]

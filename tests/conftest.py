@@ -15,21 +15,21 @@ import torch
 import transformers
 from hypothesis import settings
 
-import workers.run
+import workers.driver.run
 from api.settings import Settings
 from statsvc.plan import Plan
 from statsvc.progress import Display
-from statsvc.store import Store, open_store
-from tests.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.plans import TINY_SIGLIP
-from tests.s3_server import S3Server, s3_server
-from tests.service import Running, serving
-from tests.tiny import InProcess, photographs, seen_by, write_tar
-from workers.decoders import Decoders
+from statsvc.store.reader import Store, open_store
+from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.support.plans import TINY_SIGLIP
+from tests.support.s3_server import S3Server, s3_server
+from tests.support.service import Running, serving
+from tests.support.tiny import InProcess, photographs, seen_by, write_tar
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
-from workers.teacher import LoadedTeacher
 from workers.teachers import resolve
+from workers.unit.decoders import Decoders
+from workers.unit.loaded_teacher import LoadedTeacher
 
 # How long an example takes says more of the machine's other work than of ours.
 settings.register_profile("statsvc", deadline=None)
@@ -81,7 +81,7 @@ class Finished:
         return open_store(str(self.path))
 
     def run(self) -> int:
-        return workers.run.run(self.plan, Display())
+        return workers.driver.run.run(self.plan, Display())
 
     def contents(self) -> dict[str, bytes]:
         """Every object of the store by path, but the record of the run, which names folders."""
@@ -235,7 +235,7 @@ def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyPr
 def impatient_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     """As ever, but half a second of silence is enough, and there is less of every wait."""
     for name, value in (("SILENT_SECONDS", 0.5), ("RETRIES", 2), ("PAUSE_SECONDS", 0.05)):
-        monkeypatch.setattr(f"statsvc.backends.objectclient.{name}", value)
+        monkeypatch.setattr(f"statsvc.storage.bucket.client.{name}", value)
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ from fastapi.responses import JSONResponse, Response
 
 from api.errors import NotFitted
 from api.models import MomentsCard
-from api.negotiate import MEDIA_TYPES, VARY, choose, is_known, not_modified
 from api.openapi import BINARY, problems
+from api.routes.negotiate import MEDIA_TYPES, VARY, choose, is_known, not_modified
 from api.routes.transforms import CURRENT, DTypeQuery, Output, planned_teacher, refuse_if_large
 from api.service import ServiceDep, TeacherName
-from statsvc.formats import npz
-from statsvc.moments import Moments
-from statsvc.store import Teacher
+from statsvc.numerics.moments import Moments
+from statsvc.numerics.transform_files import npz
+from statsvc.store.reader import Teacher
 
 router = APIRouter(tags=["statistics"])
 

@@ -9,7 +9,6 @@ from fastapi.responses import Response
 
 from api.models import Names
 from api.openapi import OBJECT, RANGE_HEADERS, problems
-from api.response import object_response
 from api.service import ServiceDep
 
 router = APIRouter(tags=["arrays"])
@@ -28,4 +27,4 @@ def list_objects(service: ServiceDep, folder: Folder) -> Names:
 @router.get("/objects/{path:path}", response_model=None, responses=OBJECT, openapi_extra=RANGE_HEADERS)
 async def read_object(service: ServiceDep, path: StorePath) -> Response:
     """What /zarr has, and commits, transforms and reports: what `statsvc.open("http://...")` reads."""
-    return await object_response(service, path)
+    return await service.sender.response(path)

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Query
 from api.models import Report
 from api.openapi import problems
 from api.service import ServiceDep, TeacherName
-from statsvc.ahead import ahead
-from statsvc.drift import Drift, promise, shard_drift
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.store import Teacher
+from statsvc.storage.read_ahead import ahead
+from statsvc.store.drift import Drift, promise, shard_drift
+from statsvc.store.reader import Teacher
 
 router = APIRouter(tags=["statistics"])
 

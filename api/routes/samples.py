@@ -14,12 +14,14 @@ from fastapi import APIRouter, Path, Request
 from api.models import Row, Sample
 from api.openapi import problems
 from api.service import ServiceDep
-from statsvc.ahead import ahead
-from statsvc.arrays import read_chunk
+from statsvc.dataset.keys import key_hash
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.layout import STATUS_NAMES, commit_path, key_hash, sample_arrays, teacher_status
-from statsvc.ledger import Commit
-from statsvc.store import Store
+from statsvc.storage.read_ahead import ahead
+from statsvc.store.arrays import read_chunk
+from statsvc.store.commits import Commit
+from statsvc.store.layout import STATUS_NAMES, sample_arrays, teacher_status
+from statsvc.store.paths import commit_path
+from statsvc.store.reader import Store
 
 router = APIRouter(tags=["samples"])
 

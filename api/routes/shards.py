@@ -10,14 +10,15 @@ from fastapi.responses import Response
 from api.errors import BadRequest
 from api.models import ShardEntry, Shards
 from api.openapi import OBJECT, RANGE_HEADERS, problems
-from api.response import ObjectResponse
 from api.service import Service, ServiceDep, TeacherName
-from statsvc.ahead import ahead
-from statsvc.codec import codec
+from api.serving.send import ObjectResponse
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.layout import ArraySpec, cache_arrays, set_dtype
-from statsvc.ledger import Commit
-from statsvc.store import Teacher
+from statsvc.numerics.codec import codec
+from statsvc.storage.read_ahead import ahead
+from statsvc.store.commits import Commit
+from statsvc.store.layout import ArraySpec, cache_arrays
+from statsvc.store.paths import set_dtype
+from statsvc.store.reader import Teacher
 
 router = APIRouter(tags=["feature shards"])
 
@@ -102,7 +103,7 @@ def read_shard(
     teacher = service.live.teacher(name)
     chosen = choose_set(service, teacher, set_)
     spec = specs(teacher, chosen, choose_array(teacher, chosen, array))
-    return ObjectResponse(service.objects.open(spec.object(shard)), service)
+    return ObjectResponse(service.objects.open(spec.object(shard)), service.sender)
 
 
 def choose_set(service: Service, teacher: Teacher, asked: str | None) -> str:

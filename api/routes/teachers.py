@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from api.models import CacheSet, OutputShape, TeacherCard, Teachers
 from api.openapi import problems
 from api.service import Service, ServiceDep, TeacherName
-from statsvc.store import Teacher
+from statsvc.store.reader import Teacher
 
 router = APIRouter(tags=["teachers"])
 

@@ -11,14 +11,14 @@ from fastapi.responses import JSONResponse, Response
 
 from api.errors import NotFitted, TooMuch
 from api.models import DIGEST, TransformCard
-from api.negotiate import MEDIA_TYPES, VARY, DType, Format, choose, is_known, not_modified
 from api.openapi import problems
+from api.routes.negotiate import MEDIA_TYPES, VARY, DType, Format, choose, is_known, not_modified
 from api.service import Service, ServiceDep, TeacherName
 from statsvc.errors import NotFound
-from statsvc.formats import ENCODE
-from statsvc.layout import transform_path
-from statsvc.store import Store, Teacher
-from statsvc.transform import TENSORS
+from statsvc.numerics.transform import TENSORS
+from statsvc.numerics.transform_files import ENCODE
+from statsvc.store.paths import transform_path
+from statsvc.store.reader import Store, Teacher
 
 router = APIRouter(tags=["transforms"])
 

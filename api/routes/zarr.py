@@ -7,10 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
-from api.objects import absent, is_zarr
 from api.openapi import OBJECT, RANGE_HEADERS
-from api.response import object_response
 from api.service import ServiceDep
+from api.serving.objects import absent, is_zarr
 
 router = APIRouter(tags=["arrays"])
 
@@ -26,4 +25,4 @@ async def read_zarr(service: ServiceDep, path: ZarrPath) -> Response:
     """
     if not is_zarr(path):
         raise absent(path)
-    return await object_response(service, path)
+    return await service.sender.response(path)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from statsvc.errors import PlanError, StatsvcError
-from statsvc.views import CENTER, MOST_PIXELS, View, extent, view_of
+from statsvc.numerics.views import CENTER, MOST_PIXELS, View, extent, view_of
 
 # By content, whatever the extension. Pillow knows other formats, some of which start external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

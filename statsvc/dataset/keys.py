@@ -1,5 +1,6 @@
 """WebDataset's rule for names: the key is everything up to the first dot of the file name, the rest its extension."""
 
+import hashlib
 import re
 
 META_NAME = re.compile(r"__[^/]*__(?:/|$)")  # the names webdataset keeps for itself
@@ -20,3 +21,8 @@ def split_name(name: str) -> tuple[str, str] | None:
         if slash < 0 or "\n" in name[:slash]:
             return None
     return name[:dot], name[dot + 1 :]
+
+
+def key_hash(key: str) -> bytes:
+    """blake2b-128 of a WebDataset key's bytes as they stand in the tar, also where those are not UTF-8."""
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()

@@ -8,11 +8,11 @@ import logging
 import os
 from fnmatch import fnmatchcase
 
-from statsvc.backends.forked import connect
-from statsvc.backends.objectclient import Changed, Client, split
-from statsvc.backends.transfers import Ranges
 from statsvc.dataset.urls import shown
 from statsvc.errors import PlanError, StoreError, UnreadableShard
+from statsvc.storage.bucket.client import Changed, Client, split
+from statsvc.storage.bucket.forked import connect
+from statsvc.storage.bucket.transfers import Ranges
 
 log = logging.getLogger("statsvc")
 

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import httpx
 
-from statsvc.backends.body import number
 from statsvc.dataset.urls import SCHEMES, shown
 from statsvc.errors import UnreadableShard
+from statsvc.storage.http.body import number
 
 log = logging.getLogger("statsvc")
 for _name in ("httpx", "httpcore"):

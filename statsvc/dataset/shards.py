@@ -14,11 +14,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from statsvc.dataset.keys import split_name
+from statsvc.dataset.keys import key_hash, split_name
 from statsvc.dataset.source import Location, open_source, show_location
 from statsvc.dataset.tar import Tar
 from statsvc.errors import UnreadableShard
-from statsvc.layout import key_hash
 
 MAX_IMAGE_BYTES = 256 << 20
 

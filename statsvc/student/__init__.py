@@ -1,10 +1,11 @@
 """The training side: cached, normalized targets in a student's training loop. Needs statsvc[student], with torch."""
 
-from statsvc.student import losses
-from statsvc.student.dataset import TargetDataset
-from statsvc.student.decode import decode
-from statsvc.student.fold import fold_inverse
-from statsvc.student.normalize import Denormalize, Normalize
-from statsvc.student.resample import resample
+from statsvc.student.data.dataset import TargetDataset
+from statsvc.student.distill.vit import load_student
+from statsvc.student.modules import losses
+from statsvc.student.modules.decode import decode
+from statsvc.student.modules.fold import fold_inverse
+from statsvc.student.modules.normalize import Denormalize, Normalize
+from statsvc.student.modules.resample import resample
 
-__all__ = ["Denormalize", "Normalize", "TargetDataset", "decode", "fold_inverse", "losses", "resample"]
+__all__ = ["Denormalize", "Normalize", "TargetDataset", "decode", "fold_inverse", "load_student", "losses", "resample"]

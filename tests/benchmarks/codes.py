@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 import statsvc
-from statsvc.codec import codec
+from statsvc.numerics.codec import codec
 from tests.benchmarks.rows import Goal, Row, Table
 from tests.benchmarks.timing import alternate, warm_up
-from tests.features import teacher_features
+from tests.support.features import teacher_features
 
 Floats = NDArray[np.float32]
 Code = Callable[[Floats], Floats]  # features to features, through a code

@@ -40,15 +40,15 @@ import torch
 import yaml
 
 import statsvc
-from statsvc.normalizations import METHODS as NORMALIZATIONS
+from statsvc.numerics.normalizations import METHODS as NORMALIZATIONS
+from statsvc.numerics.transform import Transform
 from statsvc.student import Denormalize, Normalize, TargetDataset
-from statsvc.student.evaluate import Matching
-from statsvc.student.fold_heads import fold
-from statsvc.student.objective import Objective
-from statsvc.student.recipe import Loss, Train
-from statsvc.student.training import rate
-from statsvc.student.vit import Shape, Student
-from statsvc.transform import Transform
+from statsvc.student.distill.evaluate import Matching
+from statsvc.student.distill.fold_heads import fold
+from statsvc.student.distill.objective import Objective
+from statsvc.student.distill.recipe import Loss, Train
+from statsvc.student.distill.training import rate
+from statsvc.student.distill.vit import Shape, Student
 from tests.benchmarks.experiment_tables import Runs, tables, verdict
 from tests.benchmarks.experiment_teachers import SIZES, effective_rank, write_teachers
 from tests.benchmarks.report import markdown, replace_block, terminal

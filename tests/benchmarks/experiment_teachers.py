@@ -2,7 +2,8 @@
 
 Weights are drawn at random from a seed, four layers deep, at about a quarter of the real widths. Then weight and bias
 of the last LayerNorm are set so that, on other photographs than the experiment's, every channel has the mean and
-standard deviation that `tests.features.channel_scales` gives it: the extremes of the paper's Table 7, with sigma_g and
+standard deviation that `tests.support.features.channel_scales` gives it: the extremes of the paper's Table 7, with
+sigma_g and
 phi of its Table 8. Which channel gets which is drawn. Correlations between channels are what the network makes of
 photographs.
 
@@ -20,7 +21,7 @@ import transformers
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.features import channel_scales
+from tests.support.features import channel_scales
 from workers.demo import photograph
 
 LAYERS = 4

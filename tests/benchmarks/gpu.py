@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from transformers import ViTConfig, ViTModel
 
-from statsvc.codec import codec
-from statsvc.moments import Moments, MomentsStream
-from statsvc.normalizations import fit
+from statsvc.numerics.codec import codec
+from statsvc.numerics.moments import Moments, MomentsStream
+from statsvc.numerics.normalizations import fit
 from tests.benchmarks.pipeline import Workload
 from tests.benchmarks.pipeline import table as pipeline_table
 from tests.benchmarks.report import replace_block, terminal, write_readme, write_record
 from tests.benchmarks.rows import Goal, Row, Table, environment
 from tests.benchmarks.timing import Case, alternate
-from workers.device import HostCopy
+from workers.unit.device import HostCopy
 
 DTYPES = ("int8", "int4", "float16")
 

@@ -13,7 +13,7 @@ import numpy as np
 import statsvc
 from tests.benchmarks.fits import variances
 from tests.benchmarks.rows import Goal, Row, Table
-from workers.pilot import confidence
+from workers.driver.pilot import confidence
 
 DIM, TOKENS, SHARED = 256, 49, 0.4  # SHARED: correlation of two tokens of one image
 TRIALS = 12

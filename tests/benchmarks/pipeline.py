@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from webdataset import TarWriter
 
-from statsvc.arrays import declare_group
-from statsvc.backends import backend
 from statsvc.dataset.decode import Resize
 from statsvc.dataset.shards import read_samples
-from statsvc.layout import FORMAT, transform_path
-from statsvc.moments import Moments
-from statsvc.normalizations import fit
+from statsvc.numerics.moments import Moments
+from statsvc.numerics.normalizations import fit
 from statsvc.plan import Teacher
+from statsvc.storage import open_backend
+from statsvc.store.arrays import declare_group
+from statsvc.store.layout import FORMAT
+from statsvc.store.paths import transform_path
 from tests.benchmarks.rows import Goal, Row, Table
 from tests.benchmarks.timing import alternate
-from workers.decoders import Decoders
 from workers.demo import encode, photograph
-from workers.job import TeacherJob, Unit
-from workers.teacher import LoadedTeacher
 from workers.teachers import resolve
-from workers.unit import run_unit
+from workers.unit.decoders import Decoders
+from workers.unit.job import TeacherJob, Unit
+from workers.unit.loaded_teacher import LoadedTeacher
+from workers.unit.run_unit import run_unit
 
 # Drawing one takes longer than a teacher's forward pass on a GPU, so larger shards repeat them.
 PHOTOGRAPHS = 64
@@ -85,7 +86,7 @@ def images_per_second(work: Workload) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Decoders(work.decoders) as decoders:
         tar = Path(folder, "photos.tar")
         write_photographs(tar, work.images)
-        store = backend(f"{folder}/store")
+        store = open_backend(f"{folder}/store")
         declare_group(store, "", {"format": FORMAT, "rows_per_shard": work.images})
         resize = Resize(work.size, teacher.preprocessing.interpolation)
         jobs = ((None, sample.image) for sample in read_samples(tar, ("jpg",)) if sample.image)

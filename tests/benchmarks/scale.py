@@ -35,8 +35,8 @@ from tests.benchmarks.report import markdown, replace_block, terminal, write_rec
 from tests.benchmarks.report import read_record as read_tables
 from tests.benchmarks.rows import Goal, Row, Table, environment, number
 from tests.benchmarks.scale_store import peak_megabytes
-from tests.ports import free_port, wait_until_listening
-from tests.tiny import photograph, write_tar
+from tests.support.ports import free_port, wait_until_listening
+from tests.support.tiny import photograph, write_tar
 
 DIFFERENT, IMAGES = 300, 2  # tars, and images of each
 PILOT_IMAGES = 400

@@ -30,20 +30,20 @@ import torch
 
 import statsvc
 import statsvc.cli
-import workers.run
-from api.census import Census
-from api.live import LiveStore
-from statsvc.backends import backend
+import workers.driver.run
+from api.state.counts import Census
+from api.state.live_store import LiveStore
 from statsvc.dataset.decode import Resize, decode_views
+from statsvc.numerics.views import CENTER
 from statsvc.plan import read_plan
 from statsvc.progress import Display
-from statsvc.views import CENTER
-from tests.tiny import FakeTeacher, InProcess
-from workers.decoders import Decoders, Views
+from statsvc.storage import open_backend
+from tests.support.tiny import FakeTeacher, InProcess
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
-from workers.job import Result, Unit
-from workers.worker import Ready
+from workers.unit.decoders import Decoders, Views
+from workers.unit.job import Result, Unit
+from workers.unit.worker import Ready
 
 TEACHER = "fake"
 
@@ -111,7 +111,7 @@ def run(folder: str, kill_after: str) -> dict[str, float]:
     figures: dict[str, float] = {"imported_MB": peak_megabytes(), "begun": time.monotonic()}
     ENGINES["inline"] = lambda setup: Clocked(setup, figures, int(kill_after))
     torch.set_num_threads(1)
-    figures["code"] = workers.run.run(read_plan(Path(folder, "plan.yaml")), Display())
+    figures["code"] = workers.driver.run.run(read_plan(Path(folder, "plan.yaml")), Display())
     return figures
 
 
@@ -133,7 +133,7 @@ def read(location: str) -> dict[str, float]:
 
 def count(location: str) -> dict[str, float]:
     """Seconds that the service's counting takes: all commits, and then those that are new, of which there are none."""
-    census, figures = Census(LiveStore(backend(location))), dict[str, float]()
+    census, figures = Census(LiveStore(open_backend(location))), dict[str, float]()
     figures["first"] = seconds(census.counts)
     census._taken = census._took = -math.inf
     figures["again"] = seconds(census.counts)

@@ -26,8 +26,8 @@ import psutil
 import statsvc
 from tests.benchmarks.rows import Goal, Row, Table
 from tests.benchmarks.timing import alternate
-from tests.ports import free_port, wait_until_listening
-from tests.stores import MadeTeacher, write_store
+from tests.support.ports import free_port, wait_until_listening
+from tests.support.stores import MadeTeacher, write_store
 
 SHARDS, ROWS, TOKENS, DIM = 4, 256, 256, 1024  # 67 MB a feature shard
 TEACHER = MadeTeacher(TOKENS, DIM)

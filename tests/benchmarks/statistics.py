@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from sklearn.decomposition import IncrementalPCA
 from transformers import ViTConfig, ViTModel
 
-from statsvc.moments import MomentsStream
+from statsvc.numerics.moments import MomentsStream
 from tests.benchmarks.rows import Goal, Row, Table
 from tests.benchmarks.timing import alternate
-from tests.features import TEACHERS, teacher_features
+from tests.support.features import TEACHERS, teacher_features
 
 IMAGES, TOKENS = 8, 197
 DIM = 768

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from statsvc.shardfile import ShardFile, ShardWriter, open_shard
+from statsvc.store.shard_file import ShardFile, ShardWriter, open_shard
 from tests.benchmarks.peers import Peer, working_peers
 from tests.benchmarks.rows import Goal, Row, Table, versions
 from tests.benchmarks.timing import Case, alternate, warm_up

@@ -31,8 +31,8 @@ from tests.benchmarks.rows import Goal, Row, Table, versions
 from tests.benchmarks.service import running, serve
 from tests.benchmarks.storage import measured_beside_peers
 from tests.benchmarks.timing import Case, alternate
-from tests.ports import free_port
-from tests.stores import MadeTeacher, write_store
+from tests.support.ports import free_port
+from tests.support.stores import MadeTeacher, write_store
 
 SHARDS, ROWS, TOKENS, CHANNELS, BATCH = 4, 256, 256, 1024, 64
 REPEATS, COLD_REPEATS = 5, 3

@@ -9,16 +9,16 @@ import threading
 import time
 from pathlib import Path
 
-from statsvc.arrays import declare_arrays, declare_group
-from statsvc.backends import backend
-from statsvc.layout import FORMAT, moments_arrays, sample_arrays
 from statsvc.plan import Plan, Teacher
+from statsvc.storage import open_backend
+from statsvc.store.arrays import declare_arrays, declare_group
+from statsvc.store.layout import FORMAT, moments_arrays, sample_arrays
 from tests.benchmarks.pipeline import DINOV2_S, write_photographs
 from tests.benchmarks.rows import Goal, Row, Table
 from workers.engines.base import EngineSetup
-from workers.engines.ray import RayEngine
-from workers.job import TeacherJob, Unit
+from workers.engines.ray.engine import RayEngine
 from workers.teachers import resolve
+from workers.unit.job import TeacherJob, Unit
 
 SHARDS, IMAGES = 8, 24
 REPEATS = 3
@@ -54,7 +54,7 @@ def images_per_second(folder: Path, workers: int) -> float:
     engine = RayEngine(EngineSetup(plan, {"teacher": resolved}, {"teacher": "float32"}, 1, threading.Event()))
     try:
         outputs = engine.start().outputs["teacher"]
-        store = backend(plan.store)
+        store = open_backend(plan.store)
         declare_group(store, "", {"format": FORMAT, "rows_per_shard": IMAGES})
         declare_arrays(store, sample_arrays(IMAGES).values(), SHARDS)
         for output, shape in outputs.items():

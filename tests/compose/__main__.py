@@ -18,6 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from tests import ROOT
 from tests.compose import inputs, ray
 from tests.compose.containers import (
     NO_SETTINGS,
@@ -31,7 +32,6 @@ from tests.compose.containers import (
     wait_for,
 )
 
-ROOT = Path(__file__).parents[2]
 BASE, API_BYTES = "python:3.11-slim-bookworm", 250_000_000
 TEACHER = "dino"
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 T = TypeVar("T")
 NO_SETTINGS = {"STATSVC_PLAN": "", "STATSVC_DATA": "", "STATSVC_STORE": ""}

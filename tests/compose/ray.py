@@ -10,11 +10,11 @@ from pathlib import Path
 
 import yaml
 
+from tests import ROOT
 from tests.compose.containers import Containers, expect, step, torn_down, wait_for
-from tests.ray_cluster import HEAD
-from workers.fingerprint import cores
+from tests.support.ray_cluster import HEAD
+from workers.engines.resources import cores
 
-ROOT = Path(__file__).parents[2]
 CONTENTS = """
 import hashlib, json, pathlib
 store = pathlib.Path("/store")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.records import Line, terminal, write
 from tests.faults.site import Site
-from tests.tiny import photographs, write_tar
+from tests.support.tiny import photographs, write_tar
 
 LINES = pytest.StashKey[dict[str, Line]]()
 Faults = Callable[[str], Line]

@@ -14,7 +14,7 @@ from tests.faults.conftest import Faults
 from tests.faults.fault_tars import COMPARED, MEMORY_BYTES
 from tests.faults.site import Site
 from tests.faults.survival import contents, rows_beside, same_or_grown
-from tests.tiny import photograph, photographs, write_tar
+from tests.support.tiny import photograph, photographs, write_tar
 
 PHOTOGRAPHS = [content for _, content in photographs(*(f"a{number}" for number in range(9)))]  # those of a.tar
 

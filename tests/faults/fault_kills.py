@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import ROOT
 from tests.compose.containers import is_usable
 from tests.faults.conftest import Faults
 from tests.faults.records import Line
 from tests.faults.site import Driver, Site, is_spawned
-from tests.tiny import photographs, write_tar
+from tests.support.tiny import photographs, write_tar
 
 SHARDS, IMAGES = 80, 2
 DRIVER_KILLS, WORKER_KILLS = 46, 58  # the latter with decoders among them
@@ -148,6 +149,6 @@ def test_containers_that_are_killed_lose_nothing(faults: Faults) -> None:
         line.not_run = "there is no docker daemon here; where there is one, `make compose-test` does it"
         pytest.skip(line.not_run)
     line.injected += 1
-    done = subprocess.run([sys.executable, "-m", "tests.compose"], cwd=Path(__file__).parents[2], check=False)
+    done = subprocess.run([sys.executable, "-m", "tests.compose"], cwd=ROOT, check=False)
     assert done.returncode == 0
     line.passed(1, "verify and the rows by hand: see tests/compose")

@@ -17,9 +17,9 @@ from tests.faults.site import Driver, Site
 
 EXPIRED = 3.0
 QUICK: dict[str, float] = {
-    "statsvc.layout.LEASE_SECONDS": EXPIRED,
-    "statsvc.lease.HEARTBEAT_SECONDS": 0.3,
-    "statsvc.lease.WATCH_SECONDS": 1.5,
+    "statsvc.storage.fence.LEASE_SECONDS": EXPIRED,
+    "statsvc.storage.lease.HEARTBEAT_SECONDS": 0.3,
+    "statsvc.storage.lease.WATCH_SECONDS": 1.5,
 }
 HOURS = 3600.0
 LEASE = ".statsvc/lease.json"

@@ -12,8 +12,8 @@ import pytest
 
 from tests.faults.conftest import Faults
 from tests.faults.site import INSIDE, Driver, Site
-from tests.ray_cluster import RayCluster
-from tests.tiny import photographs, write_tar
+from tests.support.ray_cluster import RayCluster
+from tests.support.tiny import photographs, write_tar
 
 SECOND = "127.0.0.3"
 SHARDS, IMAGES = 24, 2

@@ -10,8 +10,8 @@ from obstore.store import S3Store
 from tests.faults.conftest import UNUSABLE, Faults, new_site
 from tests.faults.records import Line
 from tests.faults.site import Site
-from tests.faulty_proxy import Fault, faulty_proxy
-from tests.s3_server import S3Server, environment
+from tests.support.faulty_proxy import Fault, faulty_proxy
+from tests.support.s3_server import S3Server, environment
 
 STALL_SECONDS = 30
 SLOW_BYTES = 20_000.0  # a second
@@ -24,9 +24,9 @@ KINDS = {
 }
 COMPARED = "every object on S3 with an undisturbed run"
 IMPATIENT: dict[str, float] = {
-    "statsvc.backends.objectclient.RETRIES": 2,
-    "statsvc.backends.objectclient.RETRY_SECONDS": 2,
-    "statsvc.backends.objectstore.SWAP_SECONDS": 2,
+    "statsvc.storage.bucket.client.RETRIES": 2,
+    "statsvc.storage.bucket.client.RETRY_SECONDS": 2,
+    "statsvc.storage.bucket.backend.SWAP_SECONDS": 2,
 }
 
 

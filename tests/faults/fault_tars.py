@@ -16,7 +16,7 @@ from tests.faults.hostile_tars import BLOCK, Hostile, hostile, plain
 from tests.faults.records import Line
 from tests.faults.site import Site
 from tests.faults.survival import contents, rows_beside, same_or_grown
-from tests.tiny import photographs
+from tests.support.tiny import photographs
 
 PHOTOGRAPHS = [content for _, content in photographs(*(f"a{number}" for number in range(9)))]  # those of a.tar
 COMPARED = "rows and targets with those of the same photographs elsewhere; older objects with themselves"

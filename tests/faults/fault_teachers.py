@@ -18,7 +18,7 @@ import statsvc
 from tests.faults.conftest import UNUSABLE, Faults, new_site
 from tests.faults.inside.models import NAN, WRONG_SHAPE
 from tests.faults.site import TEACHER, Site
-from tests.tiny import photographs, plain_image, write_tar
+from tests.support.tiny import photographs, plain_image, write_tar
 
 MISBEHAVING = {**TEACHER, "model": "models:misbehaving"}
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from tests.plans import write_plan
+from tests.support.plans import write_plan
 
 INSIDE = Path(__file__).with_name("inside")
 PATH = os.pathsep.join([str(INSIDE), *filter(None, [os.environ.get("PYTHONPATH")])])  # where the teachers are found

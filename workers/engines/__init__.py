@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from workers.engines.base import Engine, EngineSetup
 from workers.engines.inline import InlineEngine
-from workers.engines.ray import RayEngine
+from workers.engines.ray.engine import RayEngine
 
 ENGINES: dict[str, Callable[[EngineSetup], Engine]] = {
     "inline": InlineEngine,

@@ -8,25 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from statsvc.plan import Plan
-from workers.fingerprint import worker_cpus
-from workers.job import Result, Unit
 from workers.teachers.base import Resolved
-from workers.worker import Ready
+from workers.unit.job import Result, Unit
+from workers.unit.worker import Ready
 
 ATTEMPTS = 3  # of one unit, before it is given up
-
-
-def devices() -> list[str]:
-    """What computes on this machine: every visible GPU, else the CPU."""
-    import torch
-
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def decoder_processes(plan: Plan, devices: int) -> int:
-    """Decoder processes of each worker, where so many workers share this machine."""
-    wanted = plan.engine.decoders
-    return max(1, worker_cpus(plan, devices) - 1) if wanted == "auto" else wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from statsvc.errors import EngineError, Interrupted, PlanError, StoreError
-from workers.engines.base import ATTEMPTS, EngineSetup, decoder_processes, devices
-from workers.job import Result, Unit
-from workers.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
+from workers.engines.base import ATTEMPTS, EngineSetup
+from workers.engines.resources import decoder_processes, devices
+from workers.unit.job import Result, Unit
+from workers.unit.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
 
 log = logging.getLogger("statsvc")
 END_SECONDS = 5.0  # that an idle worker has to end by itself

@@ -1,8 +1,8 @@
 """Where teachers come from. A new source is one new file with `resolve` and `load`, and one line in SOURCES."""
 
+from statsvc.config import nearest
 from statsvc.errors import PlanError
 from statsvc.plan import Teacher
-from statsvc.section import nearest
 from workers.teachers import export, open_clip, python, random_vit, timm, transformers
 from workers.teachers.base import Resolved, Source
 

@@ -24,7 +24,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statsvc.canonical import canonical_json, sha256
+from statsvc.digests import canonical_json, sha256
 from statsvc.errors import PlanError
 from statsvc.plan import Teacher
 from workers.teachers.base import Features, Resolved, chosen_preprocessing, chosen_taps

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from statsvc.canonical import canonical_json, sha256
+from statsvc.config import nearest
+from statsvc.digests import canonical_json, sha256
 from statsvc.errors import PlanError
 from statsvc.plan import Teacher
-from statsvc.section import nearest
 from workers.teachers.base import Features, Resolved, chosen_preprocessing, chosen_taps
 from workers.teachers.transformers import HALF, TAPS
 

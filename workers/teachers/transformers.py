@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statsvc.canonical import canonical_json, sha256
+from statsvc.digests import canonical_json, sha256
 from statsvc.errors import PlanError
 from statsvc.plan import Teacher
 from workers.teachers.base import Features, Preprocessing, Resolved, chosen_preprocessing, chosen_taps

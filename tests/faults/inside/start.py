@@ -55,7 +55,7 @@ def set_constants(constants: dict[str, float]) -> None:
 
 
 def set_hold(place: str, *which: str) -> None:
-    from statsvc import ledger, shardfile
+    from statsvc.store import commits, shard_file
 
     seen: list[None] = []
 
@@ -65,15 +65,15 @@ def set_hold(place: str, *which: str) -> None:
 
     if place == "commit":
         phase, shard = which[0], int(which[1])
-        ledger.Ledger.write = waiting(  # type: ignore[method-assign]
-            ledger.Ledger.write, lambda _, commit: (commit.phase, commit.shard) == (phase, shard)
+        commits.Ledger.write = waiting(  # type: ignore[method-assign]
+            commits.Ledger.write, lambda _, commit: (commit.phase, commit.shard) == (phase, shard)
         )
     elif place == "begin":
-        shardfile.ShardWriter.__init__ = waiting(shardfile.ShardWriter.__init__, is_nth)  # type: ignore[method-assign]
+        shard_file.ShardWriter.__init__ = waiting(shard_file.ShardWriter.__init__, is_nth)  # type: ignore[method-assign]
     elif place == "rows":
-        shardfile.ShardWriter.append = waiting(shardfile.ShardWriter.append, is_nth)  # type: ignore[method-assign]
+        shard_file.ShardWriter.append = waiting(shard_file.ShardWriter.append, is_nth)  # type: ignore[method-assign]
     elif __name__ == "__main__":  # the driver fits
-        phases: Any = importlib.import_module("workers.phases")
+        phases: Any = importlib.import_module("workers.driver.phases")
         phases.fit_teacher = waiting(phases.fit_teacher, lambda *_: True)
 
 

@@ -1,0 +1,1 @@
+"""Sending the bytes of stored objects."""

@@ -1,0 +1,265 @@
+"""Which objects of the store may leave it, and what is known of each: an allow-list, by the shape of the path.
+
+- every zarr.json;
+- chunks and shards of the arrays that a commit vouches for (anything else is absent, as the Zarr specification has it);
+- for statsvc's own readers: commits, transforms and reports.
+
+`.statsvc/run.json`, the lease, partial files and everything else match nothing here, and so do not exist.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, cast
+
+from api.state.live_store import LiveStore
+from api.state.remote import RemoteBackend
+from statsvc.digests import crc32c, crc32c_hex
+from statsvc.errors import DamagedObject, NotFound
+from statsvc.storage.backend import Backend, ObjectRecord
+from statsvc.store.commits import Commit
+from statsvc.store.reader import Store
+
+NAME = r"[a-z0-9][a-z0-9_.-]{0,127}"
+METADATA = re.compile(rf"(?:{NAME}/){{0,6}}zarr\.json")
+CHUNK = re.compile(rf"((?:{NAME}/){{1,5}}{NAME})/c/(0|[1-9][0-9]{{0,8}})(?:/0){{0,2}}")
+RECORD = re.compile(
+    rf"\.statsvc/(?:commits/(?:{NAME}/){{1,3}}{NAME}\.json|transforms/[0-9a-f]{{64}}\.safetensors"
+    r"|reports/[0-9a-f]{64}\.json)"
+)
+FOLDER = re.compile(rf"teachers(?:/{NAME}/cache)?|\.statsvc/commits(?:/{NAME}){{0,3}}")
+
+KEPT = 256  # objects that are kept open between requests
+HELD_NBYTES = 1 << 20  # documents up to this size are held in memory, larger ones mapped
+REGION_NBYTES = 1 << 20
+SCRATCH_NBYTES = 256 << 10
+WARM_SECONDS = 60.0
+
+
+def is_zarr(path: str) -> bool:
+    """Whether it belongs to the arrays: the ledger beside them is for statsvc's own readers."""
+    return not path.startswith(".")
+
+
+class Readable:
+    """An object that may be read: its bytes, mapped or held, and what identifies them.
+
+    load  brings bytes [begin, end) from disk into the page cache; None: they are in memory
+    """
+
+    def __init__(
+        self,
+        path: str,
+        view: memoryview,
+        etag: str,
+        media_type: str = "application/octet-stream",
+        load: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path, self.view, self.etag, self.media_type, self._load = path, view, etag, media_type, load
+        self.size = len(view)
+        self._loaded = [-math.inf] * (len(view) // REGION_NBYTES + 1)  # when, by region
+
+    def is_cold(self, begin: int, end: int) -> bool:
+        """Whether bytes [begin, end) may have to come from disk: nobody read them within the last minute."""
+        if self._load is None:
+            return False
+        oldest = min(self._loaded[begin // REGION_NBYTES : (end - 1) // REGION_NBYTES + 1])
+        return oldest < time.monotonic() - WARM_SECONDS
+
+    def warm_up(self, begin: int, end: int) -> None:
+        """Wait for the disk, in a thread. Raises DamagedObject where the object was cut under us."""
+        assert self._load is not None  # else it is never cold
+        first, last = begin // REGION_NBYTES, (end - 1) // REGION_NBYTES
+        self._load(first * REGION_NBYTES, min((last + 1) * REGION_NBYTES, len(self.view)))
+        self._loaded[first : last + 1] = [time.monotonic()] * (last + 1 - first)
+
+
+class Remote:
+    """An object on storage that cannot be mapped: its bytes are fetched as they are sent, and none is held."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, backend: RemoteBackend, record: ObjectRecord, version: str | None) -> None:
+        self.path, self.size, self.etag = record.path, record.bytes, f'"{record.content_crc32c}"'
+        self._backend, self._record, self._version = backend, record, version
+
+    def read(self, begin: int, end: int, *, whole: bool) -> memoryview:
+        """Bytes [begin, end), for which it waits. Raises DamagedObject for another object.
+
+        whole  the answer is more than these bytes: the others must be of the same version
+        """
+        bytes_ = memoryview(bytearray(end - begin))
+        try:
+            with self._backend.fetch(self._record, begin, end) as fill:
+                fill(bytes_)
+        except FileNotFoundError as error:
+            raise missing(self.path) from error
+        if whole and self._backend.version_now(self.path) != self._version:
+            raise DamagedObject(f"{self.path}: replaced while it was read; ask again")
+        return bytes_
+
+
+class _Kept(NamedTuple):
+    readable: Readable | Remote
+    versions: tuple[tuple[str, str | None], ...]  # of everything that was looked at
+
+
+class Objects:
+    """Opens what may be read, and keeps it open: a file that is mapped anew for every range costs twice the time."""
+
+    def __init__(self, live: LiveStore) -> None:
+        self._live = live
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is on storage that cannot be mapped."""
+        return self._live.is_remote
+
+    def kept(self, path: str) -> Readable | Remote | None:
+        """An object that was opened before and still is the one that lies there.
+
+        Only looks, and so does not block where the storage is local.
+        """
+        with self._lock:
+            found = self._kept.get(path)
+        if found is None:
+            return None
+        changed = any(self._live.backend.version(seen) != version for seen, version in found.versions)
+        with self._lock:
+            if self._kept.get(path) is found:
+                if changed:
+                    del self._kept[path]
+                else:
+                    self._kept.move_to_end(path)
+        return None if changed else found.readable
+
+    def open(self, path: str) -> Readable | Remote:
+        """An object, kept or opened now.
+
+        Raises NotFound where nothing may be read, DamagedObject where a commit vouches for other bytes.
+        """
+        kept = self.kept(path)
+        if kept is not None:
+            return kept
+        backend = self._live.backend
+        is_document, found = METADATA.fullmatch(path) or RECORD.fullmatch(path), CHUNK.fullmatch(path)
+        if not is_document and not found:
+            raise absent(path)
+        version = backend.version(path)
+        if not found:
+            if version is None:
+                raise absent(path)
+            try:
+                content = backend.view(path) if (backend.size(path) or 0) > HELD_NBYTES else None
+                content = memoryview(backend.read(path)) if content is None else content
+            except FileNotFoundError as error:
+                raise absent(path) from error
+            media_type = "application/octet-stream" if path.endswith(".safetensors") else "application/json"
+            readable = Readable(path, content, f'"{crc32c_hex(crc32c(content))}"', media_type)
+            if self._live.is_remote and len(content) > HELD_NBYTES:
+                return readable  # which is not mapped, and so is not held either
+            return self._keep(_Kept(readable, ((path, version),)))
+        for commit in vouching(self._live.current(), found[1].split("/"), int(found[2])):
+            for record in commit.objects:
+                if record.path == path:
+                    versions = ((path, version), (commit.path, backend.version(commit.path)))
+                    if self._live.is_remote:
+                        return self._keep(_Kept(self._remote(record, version), versions))
+                    view = self._view(path, record.bytes)
+                    load = partial(load_pages, backend, record)
+                    return self._keep(_Kept(Readable(path, view, f'"{record.content_crc32c}"', load=load), versions))
+        raise absent(path)
+
+    def names(self, folder: str) -> list[str]:
+        """What lies directly below a folder. Raises NotFound for a folder that may not be listed."""
+        if not FOLDER.fullmatch(folder):
+            raise absent(folder)
+        return self._live.backend.list(folder)
+
+    def _view(self, path: str, nbytes: int) -> memoryview:
+        try:
+            view = self._live.backend.view(path)
+            if view is None:
+                view = memoryview(self._live.backend.read(path))
+        except FileNotFoundError as error:
+            raise missing(path) from error
+        if len(view) != nbytes:
+            raise wrong_size(path, len(view), nbytes)
+        return view
+
+    def _remote(self, record: ObjectRecord, version: str | None) -> Remote:
+        size = self._live.backend.size(record.path)
+        if size is None:
+            raise missing(record.path)
+        if size != record.bytes:
+            raise wrong_size(record.path, size, record.bytes)
+        return Remote(cast(RemoteBackend, self._live.backend), record, version)
+
+    def _keep(self, kept: _Kept) -> Readable | Remote:
+        with self._lock:
+            self._kept[kept.readable.path] = kept
+            self._kept.move_to_end(kept.readable.path)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return kept.readable
+
+
+def load_pages(backend: Backend, record: ObjectRecord, begin: int, end: int) -> None:
+    """Read bytes that are mapped elsewhere, and forget them.
+
+    By system calls: touching the map itself would hold up all threads while the disk is slow, and where somebody cut
+    the file short it would end the process.
+    """
+    scratch = memoryview(bytearray(SCRATCH_NBYTES))
+    with backend.fetch(record, begin, end) as fill:
+        for position in range(begin, end, SCRATCH_NBYTES):
+            fill(scratch[: end - position])
+
+
+def vouching(store: Store, array: list[str], shard: int) -> Iterator[Commit]:
+    """The commits that may vouch for the part of an array that belongs to a dataset shard."""
+    ledger = store.ledger
+    units: Iterator[tuple[str, str | None, str | None]]
+    match array:
+        case ["samples", "key_hash"]:
+            units = iter([("index", None, None)])
+        case ["samples", "status" | "views"]:
+            units = (("cache", name, set_) for name in store.teachers() for set_ in store.teacher(name).cache_sets())
+        case ["teachers", teacher, "status"]:
+            units = (("cache", teacher, set_) for set_ in store.teacher(teacher).cache_sets())
+        case ["teachers", teacher, "moments", _, _]:
+            units = iter([("measure", teacher, None)])
+        case ["teachers", teacher, "cache", set_, _, _]:
+            units = iter([("cache", teacher, set_)])
+        case _:
+            units = iter(())
+    for phase, teacher_name, cache_set in units:
+        if commit := ledger.read(phase, shard, teacher_name, cache_set):
+            yield commit
+
+
+def missing(path: str) -> DamagedObject:
+    """What a commit vouches for does not lie there."""
+    return DamagedObject(f"{path}: committed but missing; `statsvc verify --repair` and the next run restore it")
+
+
+def wrong_size(path: str, nbytes: int, due: int) -> DamagedObject:
+    """What lies there is not what a commit vouches for."""
+    return DamagedObject(
+        f"{path}: {nbytes} bytes where the commit says {due}; `statsvc verify --repair` removes it, and the next run "
+        "restores it"
+    )
+
+
+def absent(path: str) -> NotFound:
+    """Says no more than that: whether something lies there is nobody's business."""
+    del path
+    return NotFound("no such object: not committed (yet), or nothing that is served")

@@ -1,0 +1,1 @@
+"""A store in a bucket: s3://, gs:// and az://."""

@@ -1,0 +1,1 @@
+"""TargetDataset: images and cached targets as batches."""

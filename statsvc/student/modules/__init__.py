@@ -1,0 +1,1 @@
+"""Torch modules and functions for a student: normalizations, losses, decoding, resampling."""

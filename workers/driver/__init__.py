@@ -1,0 +1,1 @@
+"""The driver: what a run still has to do, and doing it."""

@@ -1,0 +1,1 @@
+"""`statsvc estimate`: what a run will take and give."""

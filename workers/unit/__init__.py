@@ -1,0 +1,1 @@
+"""One unit: a dataset shard through all teachers."""
