@@ -1,6 +1,7 @@
 """What OpenAPI says of the service is what it does, for requests that schemathesis makes up.
 
-STATSVC_SCHEMA_EXAMPLES=2000 makes up so many for every operation; tests/api/schemathesis.toml has a command line for that.
+STATSVC_SCHEMA_EXAMPLES=2000 makes that many requests for every operation. tests/api/schemathesis.toml has a
+command line for that.
 """
 
 from __future__ import annotations

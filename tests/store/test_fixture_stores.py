@@ -14,15 +14,15 @@ import pytest
 from rich.console import Console
 
 import statsvc
+from statsvc.integrity.verify import examine
 from statsvc.plan import Plan, read_plan
 from statsvc.progress import Display
-from statsvc.verify import examine
 from tests.conftest import in_process
-from tests.service import serving
 from tests.support.fixture_stores import ARCHIVES, KINDS, RECORD, objects_of, targets_of, unpack
-from tests.tiny import photographs, write_tar
-from workers.decoders import Decoders
-from workers.run import run
+from tests.support.service import serving
+from tests.support.tiny import photographs, write_tar
+from workers.driver.run import run
+from workers.unit.decoders import Decoders
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

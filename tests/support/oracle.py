@@ -1,6 +1,6 @@
 """Five random rows of each teacher, from the stored codes and from a fresh forward pass. Imports nothing of statsvc.
 
-    python tests/support/oracle.py STORE CHECKPOINTS TARS        prints teacher, output, row, signal to noise in decibels
+    python tests/support/oracle.py STORE CHECKPOINTS TARS   prints teacher, output, row, signal to noise in decibels
 
 CHECKPOINTS holds a transformers folder named after each teacher's architecture.
 """
