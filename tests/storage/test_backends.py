@@ -26,7 +26,7 @@ ABSENT = ["nothing", "a/b/nothing", "folder", "folder/object/below"]
 # Each script is given the location of the storage.
 WRITE_BLOCKS_OF_ONE_BYTE = """
 import sys, time
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 storage, end, number = open_backend(sys.argv[1]), time.monotonic() + 1.5, 0
 print("ready", flush=True)
 while time.monotonic() < end:
@@ -39,7 +39,7 @@ while time.monotonic() < end:
 """
 COUNT_UP = """
 import sys, threading
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 def count_up():
     storage = open_backend(sys.argv[1])
     for _ in range(20):
@@ -51,7 +51,7 @@ threads = [threading.Thread(target=count_up) for _ in range(3)]
 """
 BEGIN_AND_WAIT = """
 import sys
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 upload = open_backend(sys.argv[1]).create("folder/object")
 upload.file.write(b"half of it")
 upload.file.flush()

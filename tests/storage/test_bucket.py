@@ -28,7 +28,7 @@ from tests.support.s3_server import KEY, SECRET, S3Server
 # Each script is given the location of the storage.
 WRITE_PARTS_AND_WAIT = f"""
 import sys
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 upload = open_backend(sys.argv[1]).create("long")
 upload.file.write(bytes({3 * PART_NBYTES}))
 print("ready", flush=True)
@@ -36,7 +36,7 @@ sys.stdin.read()
 """
 ADD_LINES = """
 import os, sys
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 storage = open_backend(sys.argv[1])
 for number in range(20):
     line = b"%d %d\\n" % (os.getpid(), number)
@@ -45,7 +45,8 @@ for number in range(20):
 """
 FORK = """
 import os, sys, threading
-from statsvc.storage import backend, forked
+from statsvc.storage import open_backend
+from statsvc.storage.bucket import forked
 from tests.support.http_stub import record_of
 storage, data = open_backend(sys.argv[1]), os.urandom(20_000_000)
 storage.write("long", data)

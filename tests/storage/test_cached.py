@@ -36,7 +36,7 @@ ROW_NBYTES = 16 * 32  # of the codes of the finished store: tokens, channels
 
 VIEW = """
 import sys
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 from statsvc.storage.cached import CachedBackend
 from statsvc.storage.disk_cache import DiskCache
 from statsvc.store.commits import ObjectRecord
@@ -48,7 +48,7 @@ print(sum(cached.view("a/object", ObjectRecord("a/object", int(nbytes), crc, crc
 FORK_WHILE_FETCHING = """
 import os, sys, time
 from pathlib import Path
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 from statsvc.storage.cached import CachedBackend
 from statsvc.storage.disk_cache import DiskCache
 from statsvc.store.commits import ObjectRecord

@@ -27,7 +27,7 @@ from statsvc.storage.local import LocalBackend
 
 HOLD = """
 import sys
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 from statsvc.storage.lease import Lease
 with Lease(open_backend(sys.argv[1])):
     print("held", flush=True)
@@ -35,7 +35,7 @@ with Lease(open_backend(sys.argv[1])):
 """
 TRY = """
 import sys
-from statsvc.storage import backend
+from statsvc.storage import open_backend
 from statsvc.errors import LeaseError
 from statsvc.storage.lease import Lease
 print("ready", flush=True)
