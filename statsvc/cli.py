@@ -99,15 +99,19 @@ def status(location: str, as_json: bool) -> int:
 @cli.command()
 @store_option
 @json_option
-@click.option("--repair", is_flag=True, help="Remove damaged objects and their commits; the next run restores them.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Restore from second copies; remove other damage for the next run.",
+)
 def verify(location: str, as_json: bool, repair: bool) -> int:
     """Check every checksum, count, digest and zarr.json; print one line per damaged or foreign object."""
     from statsvc.integrity.repair import verify_and_repair
     from statsvc.integrity.verify import examine
 
-    removed, requeued = list[str](), dict[str, int]()
+    removed, restored, requeued = list[str](), list[str](), dict[str, int]()
     if repair:
-        verdict, (removed, requeued) = verify_and_repair(location, lambda line: click.echo(line, err=True))
+        verdict, (removed, restored, requeued) = verify_and_repair(location, lambda line: click.echo(line, err=True))
     else:
         verdict = examine(location)
     checked, damage, unfinished = verdict
@@ -124,10 +128,12 @@ def verify(location: str, as_json: bool, repair: bool) -> int:
         click.echo(f"{checked} objects checked, {counts}")
     if repair and damage:
         again = ", ".join(f"{count} to {phase}" for phase, count in requeued.items() if count)
+        if restored:
+            click.echo(f"restored {len(restored)} documents from their second copies", err=as_json)
         if removed:
             click.echo(f"removed {len(removed)} objects and commits; `statsvc run PLAN` restores them", err=as_json)
             click.echo(f"dataset shards to do again: {again or 'none'}", err=as_json)
-        if left := sum(not found.removed for found in damage):
+        if left := sum(not found.removed and not found.restored for found in damage):
             click.echo(f"{left} objects were left as they are: their lines say what to do", err=as_json)
     return DAMAGED if damage else DONE
 

@@ -24,16 +24,12 @@ from statsvc.digests import crc32c, crc32c_hex
 from statsvc.errors import DamagedObject, NotFound
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.store.commits import Commit
+from statsvc.store.paths import NAME, ObjectPath, parse
 from statsvc.store.reader import Store
 
-NAME = r"[a-z0-9][a-z0-9_.-]{0,127}"
-METADATA = re.compile(rf"(?:{NAME}/){{0,6}}zarr\.json")
-CHUNK = re.compile(rf"((?:{NAME}/){{1,5}}{NAME})/c/(0|[1-9][0-9]{{0,8}})(?:/0){{0,2}}")
-RECORD = re.compile(
-    rf"\.statsvc/(?:commits/(?:{NAME}/){{1,3}}{NAME}\.json|transforms/[0-9a-f]{{64}}\.safetensors"
-    r"|reports/[0-9a-f]{64}\.json)"
-)
-FOLDER = re.compile(rf"teachers(?:/{NAME}/cache)?|\.statsvc/commits(?:/{NAME}){{0,3}}")
+# What may leave the store, by kind; of a chunk only what a commit lists. Folders are for statsvc's own readers.
+SERVED = ("metadata", "commit", "fit", "pilot", "transform", "report")
+FOLDER = re.compile(rf"teachers(?:/{NAME}/cache)?|\.statsvc/commits(?:/[a-z0-9][a-z0-9_.-]{{0,127}}){{0,3}}")
 
 KEPT = 256  # objects that are kept open between requests
 HELD_NBYTES = 1 << 20  # documents up to this size are held in memory, larger ones mapped
@@ -150,11 +146,11 @@ class Objects:
         if kept is not None:
             return kept
         backend = self._live.backend
-        is_document, found = METADATA.fullmatch(path) or RECORD.fullmatch(path), CHUNK.fullmatch(path)
-        if not is_document and not found:
+        found = parse(path)
+        if found is None or found.is_copy or found.kind not in (*SERVED, "chunk"):
             raise absent(path)
         version = backend.version(path)
-        if not found:
+        if found.kind != "chunk":
             if version is None:
                 raise absent(path)
             try:
@@ -167,7 +163,7 @@ class Objects:
             if self._live.is_remote and len(content) > HELD_NBYTES:
                 return readable  # which is not mapped, and so is not held either
             return self._keep(_Kept(readable, ((path, version),)))
-        for commit in vouching(self._live.current(), found[1].split("/"), int(found[2])):
+        for commit in listing(self._live.current(), found):
             for record in commit.objects:
                 if record.path == path:
                     versions = ((path, version), (commit.path, backend.version(commit.path)))
@@ -224,25 +220,16 @@ def load_pages(backend: Backend, record: ObjectRecord, begin: int, end: int) -> 
             fill(scratch[: end - position])
 
 
-def vouching(store: Store, array: list[str], shard: int) -> Iterator[Commit]:
-    """The commits that may vouch for the part of an array that belongs to a dataset shard."""
-    ledger = store.ledger
-    units: Iterator[tuple[str, str | None, str | None]]
-    match array:
-        case ["samples", "key_hash"]:
-            units = iter([("index", None, None)])
-        case ["samples", "status" | "views"]:
-            units = (("cache", name, set_) for name in store.teachers() for set_ in store.teacher(name).cache_sets())
-        case ["teachers", teacher, "status"]:
-            units = (("cache", teacher, set_) for set_ in store.teacher(teacher).cache_sets())
-        case ["teachers", teacher, "moments", _, _]:
-            units = iter([("measure", teacher, None)])
-        case ["teachers", teacher, "cache", set_, _, _]:
-            units = iter([("cache", teacher, set_)])
-        case _:
-            units = iter(())
-    for phase, teacher_name, cache_set in units:
-        if commit := ledger.read(phase, shard, teacher_name, cache_set):
+def listing(store: Store, chunk: ObjectPath) -> Iterator[Commit]:
+    """The commits that may list a chunk."""
+    assert chunk.phase is not None
+    assert chunk.shard is not None
+    units = [(chunk.teacher, chunk.cache_set)]
+    if chunk.phase == "cache" and chunk.cache_set is None:
+        teachers = store.teachers() if chunk.teacher is None else [chunk.teacher]
+        units = [(name, set_) for name in teachers for set_ in store.teacher(name).cache_sets()]
+    for teacher, cache_set in units:
+        if commit := store.ledger.read(chunk.phase, chunk.shard, teacher, cache_set):
             yield commit
 
 

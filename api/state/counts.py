@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter, deque
@@ -17,6 +16,7 @@ from statsvc.store.commits import Commit
 from statsvc.store.index import read_summary
 from statsvc.store.paths import RUN, commit_path
 from statsvc.store.reader import Store
+from statsvc.store.records import RunRecord, read_run
 
 REFRESH_SECONDS = 1.0  # how old an answer may be
 SHARE = 0.05  # of the time that may go into counting, once the store is so large that listing it takes long
@@ -232,8 +232,8 @@ class Census:
 
 def _read_record(backend: Backend) -> tuple[int | None, int, list[str]]:
     try:
-        found = json.loads(backend.read(RUN))
-        quarantined = {name for shards in found.get("quarantine", {}).values() for name in shards}
-        return len(found["locations"]), len(quarantined), [str(name) for name in found["plan"]["teachers"]]
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None, 0, []
+        record = read_run(backend)
+    except DamagedObject:
+        record = RunRecord()
+    quarantined = {name for shards in record.quarantine.values() for name in shards}
+    return len(record.locations) or None, len(quarantined), list(record.plan.get("teachers", {}))

@@ -7,22 +7,18 @@ unreplaced, which one look at the storage tells.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
 
 from api.state.remote import RemoteBackend
-from statsvc.errors import DamagedObject, NotAStore, StatsvcError
+from statsvc.errors import NotAStore
 from statsvc.storage.backend import Backend, ObjectRecord
-from statsvc.store.arrays import attributes
 from statsvc.store.commits import Commit, Ledger
-from statsvc.store.paths import commit_path, fit_path
+from statsvc.store.paths import ROOT, commit_path, fit_path, metadata_path, teacher_group
 from statsvc.store.reader import Store, Teacher
 
 KEPT_COMMITS = 4096
 KEPT_TEACHERS = 256
-MOST = 10**9  # of anything that metadata counts
 
 
 class LiveLedger(Ledger):
@@ -47,19 +43,6 @@ class LiveLedger(Ledger):
         return Commit.from_bytes(path, self._backend.read(path))
 
 
-@contextmanager
-def other_than_ours(path: str) -> Iterator[None]:
-    """Metadata that parses, but holds something else than what was written there, is damaged like any other."""
-    try:
-        yield
-    except StatsvcError:
-        raise
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, OverflowError) as error:
-        raise DamagedObject(
-            f"{path}: not the metadata of a statsvc store ({type(error).__name__}); remove it and run the plan again"
-        ) from error
-
-
 class _Unmapped:
     """A backend whose objects are read by system calls alone: a shard that is cut under a map ends the process."""
 
@@ -73,32 +56,6 @@ class _Unmapped:
         """Nothing is mapped."""
 
 
-class _CheckedStore(Store):
-    """Metadata is checked where it is opened, so that no route has to doubt it."""
-
-    def __init__(self, backend: _Unmapped, ledger: Ledger) -> None:
-        super().__init__(backend, ledger)
-        views = attributes(backend, "", "views")["views"]
-        self.views_per_image = _number(views["per_image"])
-        _number(self.rows_per_shard)
-
-    def teacher(self, name: str) -> Teacher:
-        with other_than_ours(f"teachers/{name}/zarr.json"):
-            teacher = super().teacher(name)
-            for shape in teacher.outputs.values():
-                for number in (shape.tokens, shape.dim, *(shape.grid or (1, 1))):
-                    _number(number)
-            if not isinstance(teacher.preprocessing, dict) or not isinstance(teacher.fingerprint, str):
-                raise TypeError("preprocessing is an object and the fingerprint a text")
-            return teacher
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MOST:
-        raise ValueError(f"{value!r} where a number of rows, views, tokens or channels belongs")
-    return value
-
-
 class LiveStore:
     """One store for all requests."""
 
@@ -106,27 +63,26 @@ class LiveStore:
         self.is_remote = backend.concurrency > 1  # what answers at once is asked anew for every request
         self.backend = cast(Backend, RemoteBackend(backend)) if self.is_remote else backend
         self._lock = threading.Lock()
-        self._opened: tuple[str, _CheckedStore] | None = None
+        self._opened: tuple[str, Store] | None = None
         self._teacher = lru_cache(KEPT_TEACHERS)(self._open_teacher)
         self._fits = lru_cache(KEPT_TEACHERS)(self._read_fits)
         self.moments_digest = lru_cache(KEPT_TEACHERS)(self._read_moments_digest)
 
-    def current(self) -> _CheckedStore:
+    def current(self) -> Store:
         """Raises NotAStore while there is none."""
-        version = self.backend.version("zarr.json")
+        version = self.backend.version(ROOT)
         if version is None:
             raise NotAStore("there is no store yet: `statsvc run PLAN` makes it; this service will find it by itself")
         with self._lock:
             if self._opened is None or self._opened[0] != version:
-                with other_than_ours("zarr.json"):
-                    store = _CheckedStore(_Unmapped(self.backend), LiveLedger(self.backend))
-                self._opened = version, store
+                unmapped = cast(Backend, _Unmapped(self.backend))
+                self._opened = version, Store(unmapped, LiveLedger(unmapped))
             return self._opened[1]
 
     def teacher(self, name: str) -> Teacher:
         """Raises NotFound naming those there are."""
         store = self.current()
-        version = self.backend.version(f"teachers/{name}/zarr.json")
+        version = self.backend.version(metadata_path(teacher_group(name)))
         if version is None:
             return store.teacher(name)  # which says what there is
         return self._teacher(store, name, version)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-GIVEN_UP = "nothing is left that says what it must be"
-
 
 class Damage(NamedTuple):
-    """A damaged object, and the commit that vouches for it (None: only the object itself has to be made anew).
+    """A damaged object, and the commit that lists it (None: only the object itself has to be made again).
 
-    foreign  it is no part of this store: nothing in it accounts for the object
-    removed  by `--repair`; not what no run makes anew, and not what others put there
+    foreign   it is no part of this store: nothing in it accounts for the object
+    removed   by `--repair`; not what no run makes again, and not what others put there
+    restored  by `--repair`, from its second copy, or as the copy of a sound original
     """
 
     path: str
@@ -19,6 +18,7 @@ class Damage(NamedTuple):
     commit: str | None
     foreign: bool = False
     removed: bool = True
+    restored: bool = False
 
 
 class Verdict(NamedTuple):
@@ -41,10 +41,18 @@ class Findings:
         self.checked, self.damage, self.unfinished = 0, dict[str, Damage](), list[str]()
 
     def damaged(
-        self, path: str, reason: object, commit: str | None = None, *, foreign: bool = False, removed: bool = True
+        self,
+        path: str,
+        reason: object,
+        commit: str | None = None,
+        *,
+        foreign: bool = False,
+        removed: bool = True,
+        restored: bool = False,
     ) -> None:
         """Write down a damaged object; see Damage for the rest. Errors that name the path name it once."""
-        self.damage.setdefault(path, Damage(path, str(reason).removeprefix(f"{path}: "), commit, foreign, removed))
+        reason = str(reason).removeprefix(f"{path}: ")
+        self.damage.setdefault(path, Damage(path, reason, commit, foreign, removed, restored))
 
     def verdict(self) -> Verdict:
         """All that was found."""

@@ -1,22 +1,24 @@
-"""Are the fits of a store what was fitted: pilots, fit commits, transforms and reports, also those of earlier fits?"""
+"""Are the fits of a store what was fitted: pilots, fit commits, transforms and reports, also those of earlier fits?
+
+That each of these documents is sound by itself, `copies` has checked; here it is whether they belong together.
+"""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from statsvc.errors import DamagedObject, StatsvcError
-from statsvc.integrity.findings import GIVEN_UP, Findings
+from statsvc.integrity.copies import lost
+from statsvc.integrity.findings import Findings
+from statsvc.numerics.moments import Moments
 from statsvc.numerics.normalizations import moments_digest
 from statsvc.numerics.transform import Transform
-from statsvc.store.commits import pilots
-from statsvc.store.paths import commit_folder, commit_path, fit_path, pilot_path, report_path, transform_path
+from statsvc.store.paths import commit_folder, commit_path, fit_path, parse, pilot_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher
-from statsvc.store.sealed import unseal
+from statsvc.store.records import FitsRecord, PilotRecord, ReportRecord, read_fits, read_pilot, read_report
 
-Fits = dict[str, dict[str, Any]]  # by output and method: digest, or why it was refused
+CLOSE = 0.01  # moments that were measured again on another processor differ by far less than this
 
 
 class FitCheck:
@@ -27,25 +29,20 @@ class FitCheck:
 
     def __init__(self, store: Store, findings: Findings) -> None:
         self._store, self._findings = store, findings
-        self._pilots = dict[str, tuple[str, list[int]]]()  # record and dataset shards by teacher
-        self._due_near = dict[str, dict[str, str]]()  # of refits: by teacher and output, what the fit is to be near
+        self._pilots = dict[str, tuple[str, PilotRecord]]()  # with its path, by teacher
         self._fitted = set[str]()
         self._looked_at = set[str]()  # digests of transforms
 
     def pilots(self) -> None:
         """The records of which dataset shards teachers were fitted on."""
-        for path in pilots(self._store.backend):
+        folder = commit_folder("pilot")
+        for name in self._store.backend.list(folder):
+            path = f"{folder}/{name}"
+            if parse(path) is None or self._is_lost(path):
+                continue
             self._findings.checked += 1
-            try:
-                record = unseal(path, self._store.backend.read(path))
-                if pilot_path(record["teachers"]) != path:
-                    raise DamagedObject(f"it belongs at {pilot_path(record['teachers'])}")
-                if not all(type(shard) is int for shard in record["shards"]):
-                    raise DamagedObject("not a pilot")
-                self._pilots |= dict.fromkeys(record["teachers"], (path, record["shards"]))
-                self._due_near |= record.get("near", {})
-            except (DamagedObject, LookupError, TypeError) as error:
-                self._findings.damaged(path, error)
+            pilot = read_pilot(self._store.backend, path)
+            self._pilots |= dict.fromkeys(pilot.teachers, (path, pilot))
 
     def teacher(self, teacher: Teacher, in_use: dict[str, str]) -> None:
         """The current fits of a teacher, and the transforms of earlier ones that something still needs.
@@ -54,59 +51,45 @@ class FitCheck:
         """
         path = fit_path(teacher.name)
         self._findings.checked += 1
-        try:
-            fits = teacher.fits()
-            if not all(isinstance(methods, dict) for methods in fits.values()):
-                raise DamagedObject("not the fits of a teacher")
-        except DamagedObject as error:
-            self._findings.damaged(path, error, path)
+        if self._is_lost(path):
             self._fitted.add(teacher.name)
             return
-        if in_use and not fits:
-            self._findings.damaged(path, "missing, though there are targets that were made with it", path)
-        if in_use or fits:
+        fits = read_fits(self._store.backend, teacher.name) or FitsRecord({})
+        if in_use and not fits.root:
+            self._findings.damaged(path, f"missing, though there are targets that were made with it; {lost(path)}")
+        if in_use or fits.root:
             self._fitted.add(teacher.name)
         current = self._current(teacher, fits)
         earlier = {digest: user for digest, user in in_use.items() if digest not in current}
         for digest, user in (self._near(teacher, fits) | earlier).items():
             self._needed(digest, user)
 
-    def given_up(self, teacher: str) -> None:
-        """The fits of a teacher of which nothing says what they must be."""
-        if self._store.backend.size(fit_path(teacher)) is not None:
-            self._findings.damaged(fit_path(teacher), GIVEN_UP)
-            self._fitted.add(teacher)
-
     def missing_pilot(self) -> None:
-        """Once every teacher was looked at: a pilot is due where there are fits."""
+        """Once every teacher was looked at: a pilot is expected where there are fits."""
         unnamed = sorted(self._fitted - self._pilots.keys())
         if unnamed and not any(path.startswith(commit_folder("pilot")) for path in self._findings.damage):
-            self._findings.damaged(pilot_path(unnamed), f"missing, though {', '.join(unnamed)} were fitted with it")
+            path = pilot_path(unnamed)
+            self._findings.damaged(path, f"missing, though {', '.join(unnamed)} were fitted with it; {lost(path)}")
 
     def earlier_fits(self) -> None:
-        """Transforms and reports that no fit names now: such of earlier fits stay, for whoever trained on them."""
-        fingerprints = {found for name in self._store.teachers() if (found := self._fingerprint(name))}
-        for kind, suffix in (("transforms", ".safetensors"), ("reports", ".json")):
-            for name in self._store.backend.list(f".statsvc/{kind}"):
-                digest, path = name.removesuffix(suffix), f".statsvc/{kind}/{name}"
-                known = digest in self._looked_at or path in self._findings.damage
-                if known or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        """Superseded transforms and reports are kept, because models may have been trained with them."""
+        fingerprints = {teacher.fingerprint for teacher in self._teachers()}
+        for folder in (".statsvc/transforms", ".statsvc/reports"):
+            for path in (f"{folder}/{name}" for name in self._store.backend.list(folder)):
+                found = parse(path)
+                if found is None or found.digest in self._looked_at or path in self._findings.damage:
                     continue
                 self._findings.checked += 1
-                try:
-                    is_report = kind == "reports"
-                    found = (
-                        self._report(digest).get("fingerprint") if is_report else self._transform(digest).fingerprint
-                    )
-                except DamagedObject as error:
-                    way_out = "nothing here needs it, and no run makes it anew: restore it from a copy or remove it"
-                    self._findings.damaged(path, f"{error}; {way_out}", removed=False)
-                    continue
-                if fingerprints and found not in fingerprints:
+                digest = found.digest or ""
+                if found.kind == "report":
+                    made_for = read_report(self._store.backend, digest).fingerprint
+                else:
+                    made_for = self._store.transform(digest).fingerprint
+                if fingerprints and made_for not in fingerprints:
                     reason = "foreign: made for no teacher of this store; it is left alone: move it away, or remove it"
                     self._findings.damaged(path, reason, foreign=True, removed=False)
 
-    def _current(self, teacher: Teacher, fits: Fits) -> set[str]:
+    def _current(self, teacher: Teacher, fits: FitsRecord) -> set[str]:
         """Check each of a teacher's fits; returns the digests of their transforms."""
         digests, made = set[str](), dict[str, Transform]()
         for output, method, digest in _transforms_of(fits):
@@ -118,57 +101,57 @@ class FitCheck:
         for digest, transform in made.items():
             if transform.statsvc_version != versions[0][0]:  # all are written at once
                 reason = f"made by statsvc {transform.statsvc_version!r}, unlike others"
-                self._findings.damaged(transform_path(digest), reason, fit_path(teacher.name))
+                self._findings.damaged(transform_path(digest), reason)
         return digests
 
     def _fit(self, teacher: Teacher, output: str, method: str, digest: str) -> Transform | None:
         """The transform that a fit commit names, its report, and the moments that both were made from."""
-        path = fit_path(teacher.name)
         self._findings.checked += 2
         report = self._report_of_fit(teacher, digest)
-        pilot: list[int] = report.get("pilot", [])
         try:
             transform = self._transform(digest, report)
         except DamagedObject as error:
-            self._findings.damaged(transform_path(digest), error, path)
+            self._findings.damaged(transform_path(digest), f"{error}; {lost(transform_path(digest))}")
             return None
         if (transform.method, transform.output, transform.fingerprint) != (method, output, teacher.fingerprint):
-            self._findings.damaged(path, f"names {digest} as {method} of {output}, which it is not", path)
+            self._findings.damaged(fit_path(teacher.name), f"names {digest} as {method} of {output}, which it is not")
             return None
-        try:
-            moments = teacher.pilot_moments(output, pilot) if pilot else None
-        except StatsvcError:
-            return transform  # found already, in the measure phase
-        if moments and transform.moments_digest != moments_digest(moments):
-            self._findings.damaged(transform_path(digest), "fitted to other moments than those of its pilot", path)
+        if report is not None and report.pilot:
+            try:
+                moments = teacher.pilot_moments(output, report.pilot)
+            except StatsvcError:
+                return transform  # found already, in the measure phase
+            if transform.moments_digest != moments_digest(moments) and not _alike(report, moments):
+                self._findings.damaged(transform_path(digest), "fitted to other moments than those of its pilot")
         return transform
 
-    def _report_of_fit(self, teacher: Teacher, digest: str) -> dict[str, Any]:
-        """The report on a current fit, its pilot and the commits of that; empty where the report is damaged."""
-        path, report = fit_path(teacher.name), dict[str, Any]()
+    def _report_of_fit(self, teacher: Teacher, digest: str) -> ReportRecord | None:
+        """The report on a current fit, its pilot and the commits of that; None where the report is lost."""
+        path = report_path(digest)
         try:
-            report = self._report(digest)
-            record, shards = self._pilots.get(teacher.name, ("", report["pilot"]))
-            # A pilot with `near` was written down by a refit; if that was broken off, the next run takes it up.
-            if shards != report["pilot"] and teacher.name not in self._due_near:
-                self._findings.damaged(record, f"not the pilot that {teacher.name} was fitted on")
+            report = read_report(self._store.backend, digest)
         except DamagedObject as error:
-            self._findings.damaged(report_path(digest), error, path)
-        for shard in report.get("pilot", []):
+            self._findings.damaged(path, f"{str(error).partition('; `statsvc')[0]}; {lost(path)}")
+            return None
+        where, pilot = self._pilots.get(teacher.name, ("", None))
+        # A pilot with `near` was written by a refit; if that was interrupted, the next run finishes it.
+        if pilot is not None and pilot.shards != report.pilot and teacher.name not in (pilot.near or {}):
+            self._findings.damaged(where, f"not the pilot that {teacher.name} was fitted on")
+        for shard in report.pilot:
             commit = commit_path("measure", shard, teacher.name)
             if self._store.backend.size(commit) is None:
-                self._findings.damaged(commit, "missing, though it was fitted", path)
+                self._findings.damaged(commit, "missing, though it was fitted")
         return report
 
-    def _near(self, teacher: Teacher, fits: Fits) -> dict[str, str]:
+    def _near(self, teacher: Teacher, fits: FitsRecord) -> dict[str, str]:
         """The transforms that fits are near to or are to be near to: without them, no fit can be made again."""
-        found = dict.fromkeys(self._due_near.get(teacher.name, {}).values(), "a refit")
-        for methods in fits.values():
-            try:
-                near = self._store.report(methods["phi-s"]).get("near")
-            except (DamagedObject, TypeError, KeyError):
-                continue  # found already, or refused
-            if near:
+        _, pilot = self._pilots.get(teacher.name, ("", None))
+        found = dict.fromkeys(((pilot.near or {}) if pilot else {}).get(teacher.name, {}).values(), "a refit")
+        for methods in fits.root.values():
+            digest = methods.get("phi-s")
+            if not isinstance(digest, str) or self._is_lost(report_path(digest)):
+                continue
+            if near := read_report(self._store.backend, digest).near:
                 found[near] = f"the phi-s of {teacher.name}"
         return found
 
@@ -176,39 +159,47 @@ class FitCheck:
         """A transform of an earlier fit that something still needs."""
         self._findings.checked += 1
         self._looked_at.add(digest)
-        try:
-            self._transform(digest)
-        except DamagedObject as error:
-            what = "missing" if self._store.backend.size(transform_path(digest)) is None else str(error)
-            reason = f"{what}; {user} needs it, and no run makes it anew: restore the file from a copy"
-            self._findings.damaged(transform_path(digest), reason, removed=False)
+        path = transform_path(digest)
+        if self._store.backend.size(path) is None:
+            self._findings.damaged(path, f"missing; {user} needs it; {lost(path)}")
 
-    def _transform(self, digest: str, report: dict[str, Any] | None = None) -> Transform:
-        """Raises DamagedObject unless the artifact is what was written, also where its digest does not look."""
+    def _transform(self, digest: str, report: ReportRecord | None) -> Transform:
+        """Raises DamagedObject unless the artifact agrees with the report on it."""
         transform = self._store.transform(digest)
-        if transform.to_bytes() != self._store.backend.read(transform_path(digest)):
-            raise DamagedObject("not as it was written")
+        known = report.model_dump() if report else {}
         for key in ("alpha", "rank", "rotation", "hadamard") if report else ():
-            if report and report.get(key) != getattr(transform, key):
-                raise DamagedObject(f"its {key} is {getattr(transform, key)!r}, its report says {report.get(key)!r}")
+            if known.get(key) != getattr(transform, key):
+                raise DamagedObject(f"its {key} is {getattr(transform, key)!r}, its report says {known.get(key)!r}")
         return transform
 
-    def _report(self, digest: str) -> dict[str, Any]:
-        report = self._store.report(digest)
-        if report.get("digest") != digest or not isinstance(report.get("pilot"), list):
-            raise DamagedObject("a report on another transform")
-        return report
+    def _is_lost(self, path: str) -> bool:
+        """Whether a document is missing or known to be damaged in both copies."""
+        damage = self._findings.damage.get(path)
+        return damage is not None and not damage.restored
 
-    def _fingerprint(self, teacher: str) -> str | None:
-        try:
-            return self._store.teacher(teacher).fingerprint
-        except (StatsvcError, LookupError, TypeError, AttributeError):
-            return None
+    def _teachers(self) -> Iterator[Teacher]:
+        for name in self._store.teachers():
+            try:
+                yield self._store.teacher(name)
+            except DamagedObject:
+                continue  # found already
 
 
-def _transforms_of(fits: Fits) -> Iterator[tuple[str, str, str]]:
+def _alike(report: ReportRecord, moments: Moments) -> bool:  # type: ignore[type-arg]
+    """Whether moments can be those of a report, measured again where other kernels give other last bits."""
+    known = report.model_dump()
+    variance_D = moments.scatter.diagonal() / (moments.count - 1)
+    mean, std = float(moments.mean.mean()), float((variance_D.mean() + moments.mean.var()) ** 0.5)
+    return bool(
+        known["count"] == moments.count
+        and abs(known["feature_mean"] - mean) <= CLOSE * std
+        and abs(known["feature_std"] - std) <= CLOSE * std
+    )
+
+
+def _transforms_of(fits: FitsRecord) -> Iterator[tuple[str, str, str]]:
     """Output, method and digest of each fit that was not refused."""
-    for output, methods in fits.items():
+    for output, methods in fits.root.items():
         for method, digest in methods.items():
             if isinstance(digest, str):
                 yield output, method, digest

@@ -8,9 +8,9 @@ import numpy as np
 
 from statsvc.digests import CRC_NBYTES, sha256
 from statsvc.errors import DamagedObject
-from statsvc.integrity.findings import GIVEN_UP, Findings
+from statsvc.integrity.findings import Findings
 from statsvc.store.arrays import open_feature_shard, read_chunk
-from statsvc.store.commits import COMMIT_NAME, Commit
+from statsvc.store.commits import Commit
 from statsvc.store.layout import (
     BEYOND_RANGE,
     OK,
@@ -21,7 +21,7 @@ from statsvc.store.layout import (
     sample_arrays,
     teacher_status,
 )
-from statsvc.store.paths import commit_folder, commit_path, is_raw, set_dtype, set_name
+from statsvc.store.paths import cache_group, chunk_path, commit_path, is_raw, set_dtype, set_name
 from statsvc.store.reader import Store, Teacher
 
 
@@ -64,16 +64,6 @@ class UnitCheck:
         for reason in miscounts(commit, arrays, self._store.views_per_image):
             self._findings.damaged(commit.path, reason, commit.path)
 
-    def given_up(self, phase: str, teacher: str | None = None) -> None:
-        """Units of which nothing says what they must be are done again."""
-        storage, folders = self._store.backend, [commit_folder(phase, teacher)]
-        if phase == "cache":
-            folders = [f"{folders[0]}/{name}" for name in storage.list(folders[0])]
-        for path in (f"{folder}/{name}" for folder in folders for name in storage.list(folder)):
-            self._findings.checked += 1
-            if COMMIT_NAME.fullmatch(path.rpartition("/")[2]):
-                self._findings.damaged(path, GIVEN_UP, path)
-
     def _read(self, spec: ArraySpec, commit: Commit) -> np.ndarray:
         """The array, or of a feature shard which rows are present. Raises DamagedObject."""
         if not spec.sharded:
@@ -110,7 +100,7 @@ def expected_arrays(rows: int, commit: Commit, teacher: Teacher | None) -> Itera
 def cache_specs(teacher: Teacher, commit: Commit, output: str) -> dict[str, ArraySpec]:
     """What the arrays of a cache set must be, by one of its commits."""
     set_ = commit.set or ""
-    means = f"teachers/{teacher.name}/cache/{set_}/{output}/target_mean/c/{commit.shard}/0"
+    means = chunk_path(f"{cache_group(teacher.name, set_, output)}/target_mean", commit.shard, 1)
     nbytes = next((record.bytes for record in commit.objects if record.path == means), 0)
     return cache_arrays(
         teacher.name,

@@ -1,6 +1,5 @@
 """Arrays of a store, outwards and inwards: metadata described by zarr-python, chunks by our own code."""
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -11,32 +10,29 @@ from statsvc.digests import CRC_NBYTES, crc32c, crc32c_hex, little_endian
 from statsvc.errors import DamagedObject
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.store.commits import Commit
+from statsvc.store.copies import publish, write_twice
 from statsvc.store.layout import ArraySpec, group_metadata
-from statsvc.store.paths import groups
+from statsvc.store.paths import groups, is_stored_twice, metadata_path
 from statsvc.store.remote_shard import RemoteShard
 from statsvc.store.shard_file import ShardFile
 
 T = TypeVar("T")
 
 
-def publish(backend: Backend, path: str, data: bytes) -> None:
-    """Write a metadata document, unless it stands there already: finished stores are not touched."""
-    if backend.size(path) != len(data) or backend.read(path) != data:
-        backend.write(path, data)
-
-
 def declare_group(backend: Backend, path: str, attributes: dict[str, Any]) -> None:
-    """Publish a group's zarr.json; \"\" is the root."""
-    publish(backend, f"{path}/zarr.json".lstrip("/"), group_metadata(attributes))
+    """Publish a group's zarr.json; \"\" is the root. That of the root and of a teacher is stored twice."""
+    path, data = metadata_path(path), group_metadata(attributes)
+    write = write_twice if is_stored_twice(path) else publish
+    write(backend, path, data)
 
 
 def declare_arrays(backend: Backend, specs: Iterable[ArraySpec], shards: int) -> None:
     """Publish the zarr.json of arrays for so many dataset shards, and those of groups above them that have none."""
     for spec in specs:
         for group in groups(spec.path):
-            if backend.size(f"{group}/zarr.json") is None:
+            if backend.size(metadata_path(group)) is None:
                 declare_group(backend, group, {})
-        publish(backend, f"{spec.path}/zarr.json", spec.metadata(shards))
+        publish(backend, metadata_path(spec.path), spec.metadata(shards))
 
 
 def write_chunk(backend: Backend, spec: ArraySpec, shard: int, array: np.ndarray) -> ObjectRecord:
@@ -136,17 +132,3 @@ def _record(spec: ArraySpec, shard: int, commit: Commit) -> Any:
 
 def _damaged(path: str, what: str) -> DamagedObject:
     return DamagedObject(f"{path}: {what}; `statsvc verify --repair` removes the damage, the next run restores it")
-
-
-def attributes(backend: Backend, path: str, *required: str) -> dict[str, Any]:
-    """The attributes of the Zarr group or array at a path (\"\" is the root). Raises DamagedObject."""
-    name = f"{path}/zarr.json".lstrip("/")
-    try:
-        found: dict[str, Any] = json.loads(backend.read(name))["attributes"]
-        if missing := set(required) - found.keys():
-            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
-    except FileNotFoundError as error:
-        raise DamagedObject(f"{name}: missing; run the plan again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedObject(f"{name}: not Zarr metadata ({error}); remove it and run the plan again") from error
-    return found

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.storage.read_ahead import ahead
-from statsvc.store.paths import commit_folder, commit_path
+from statsvc.store.paths import commit_folder, commit_path, commit_shard, parse
 from statsvc.store.sealed import not_as_written, seal, unseal
-
-PILOT_NAME = re.compile(r"[0-9a-f]{16}\.json")
-COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
 class Failure(NamedTuple):
@@ -89,7 +85,7 @@ class Ledger:
     def shards(self, phase: str, teacher: str | None = None, set_: str | None = None) -> list[int]:
         """The dataset shards that have a commit, in order."""
         names = self._backend.list(commit_folder(phase, teacher, set_))
-        return sorted(int(name[:-5]) for name in names if COMMIT_NAME.fullmatch(name))
+        return sorted(shard for name in names if (shard := commit_shard(name)) is not None)
 
     def read(self, phase: str, shard: int, teacher: str | None = None, set_: str | None = None) -> Commit | None:
         """One commit, or None where that unit was not done."""
@@ -133,7 +129,7 @@ class Ledger:
 def pilots(backend: Backend) -> list[str]:
     """Paths of the records of pilots."""
     folder = commit_folder("pilot")
-    return [f"{folder}/{name}" for name in backend.list(folder) if PILOT_NAME.fullmatch(name)]
+    return [f"{folder}/{name}" for name in backend.list(folder) if parse(f"{folder}/{name}")]
 
 
 def teachers_with_commits(backend: Backend) -> list[str]:

@@ -6,12 +6,15 @@ It is derived: commits that it lacks are read, and a run writes it anew. What it
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from statsvc.errors import DamagedObject
 from statsvc.storage.backend import Backend
 from statsvc.store.commits import Commit, Ledger
 from statsvc.store.paths import INDEX
+from statsvc.store.records import damaged_document
 from statsvc.store.sealed import seal, unseal
 
 
@@ -25,6 +28,7 @@ class Entry(NamedTuple):
     etag: str | None  # tells two dataset shards of one name and size apart
 
 
+SUMMARY_ROWS = TypeAdapter(list[tuple[int, str, int, int | None, int, str | None]])
 Index = dict[int, Entry]  # by number of the dataset shard
 
 
@@ -46,10 +50,18 @@ def write_summary(backend: Backend, index: Index) -> None:
 def read_summary(backend: Backend) -> Index:
     """What is kept for a start; empty where there is none that can be believed."""
     try:
-        rows: list[list[Any]] = unseal(INDEX, backend.read(INDEX))["shards"]
-        return {shard: Entry(*rest) for shard, *rest in rows}
-    except (FileNotFoundError, DamagedObject, LookupError, TypeError, ValueError):
+        return parse_summary(backend.read(INDEX))
+    except (FileNotFoundError, DamagedObject):
         return {}
+
+
+def parse_summary(data: bytes) -> Index:
+    """Raises DamagedObject."""
+    content = unseal(INDEX, data)
+    try:
+        return {row[0]: Entry(*row[1:]) for row in SUMMARY_ROWS.validate_python(content.get("shards"))}
+    except ValidationError as error:
+        raise damaged_document(INDEX, "not an index of dataset shards") from error
 
 
 def entry_of(commit: Commit) -> Entry:

@@ -16,6 +16,7 @@ from zarr.storage import MemoryStore
 
 from statsvc.digests import sha256
 from statsvc.numerics.codec import codec
+from statsvc.store.paths import cache_group, chunk_path, moments_group, teacher_group
 
 FORMAT = "statsvc/1"
 
@@ -59,7 +60,7 @@ class ArraySpec:
 
     def object(self, shard: int) -> str:
         """Path of the object that holds one dataset shard's part."""
-        return f"{self.path}/c/{shard}" + "/0" * len(self.shape)
+        return chunk_path(self.path, shard, len(self.shape))
 
     def metadata(self, shards: int) -> bytes:
         """zarr.json for a store of so many dataset shards."""
@@ -101,12 +102,12 @@ def sample_arrays(rows: int) -> dict[str, ArraySpec]:
 
 def teacher_status(teacher: str, rows: int) -> ArraySpec:
     """The status of every row for one teacher."""
-    return ArraySpec(f"teachers/{teacher}/status", "uint8", rows, (), ("row",))
+    return ArraySpec(f"{teacher_group(teacher)}/status", "uint8", rows, (), ("row",))
 
 
 def moments_arrays(teacher: str, output: str, dim: int) -> dict[str, ArraySpec]:
     """The moments of each dataset shard, by name; the second axis is the half of the image."""
-    folder = f"teachers/{teacher}/moments/{output}"
+    folder = moments_group(teacher, output)
     nan = float("nan")
     return {
         "count": ArraySpec(f"{folder}/count", "int64", 1, (2,), ("shard", "half")),
@@ -130,7 +131,7 @@ def cache_arrays(
 
     transform  digest of the one they were made with; None for features in the teacher's own space
     """
-    folder = f"teachers/{teacher}/cache/{set_}/{output}"
+    folder = cache_group(teacher, set_, output)
     about = (
         ("transform", transform), ("dtype", dtype), ("k", k), ("output", output), ("packing", codec(dtype).packing)
     )  # fmt: skip

@@ -5,26 +5,41 @@ Suffixes: N = rows asked for, T = tokens, k = channels of a target, D = channels
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 
-from statsvc.errors import DamagedObject, NotAStore, NotFound, StoreError
+from statsvc.errors import DamagedObject, NotAStore, NotFound
 from statsvc.numerics.codec import codec
 from statsvc.numerics.moments import Moments, unpack
 from statsvc.numerics.transform import Transform
 from statsvc.numerics.views import Box, covered_tokens, extent
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
-from statsvc.store.arrays import attributes, read_chunk
+from statsvc.store.arrays import read_chunk
 from statsvc.store.cached_rows import CachedRows, runs
 from statsvc.store.commits import Ledger
-from statsvc.store.layout import FORMAT, Output, cache_arrays, moments_arrays, sample_arrays
-from statsvc.store.paths import CACHE_SET, fit_path, is_raw, report_path, set_dtype, transform_path
-from statsvc.store.sealed import unseal
+from statsvc.store.layout import Output, cache_arrays, moments_arrays, sample_arrays
+from statsvc.store.paths import (
+    cache_group,
+    is_folder,
+    is_raw,
+    metadata_path,
+    set_dtype,
+    teacher_group,
+    transform_path,
+)
+from statsvc.store.records import (
+    RootRecord,
+    TeacherRecord,
+    read_fits,
+    read_report,
+    read_root,
+    read_targets,
+    read_teacher,
+)
 from statsvc.store.shard_file import Rows, row_numbers
 
 
@@ -44,22 +59,17 @@ def open_store(location: str, token: str | None = None) -> Store:
 class Store:
     """What a finished or growing store holds. Read only."""
 
-    def __init__(self, backend: Backend, ledger: Ledger | None = None) -> None:
+    def __init__(self, backend: Backend, ledger: Ledger | None = None, root: RootRecord | None = None) -> None:
         self.backend = backend
         self.ledger = ledger or Ledger(backend)
-        about = attributes(backend, "")
-        if about.get("format") != FORMAT:
-            raise StoreError(f"this store has format {about.get('format')!r}, this statsvc reads {FORMAT!r}")
-        self.rows_per_shard: int = attributes(backend, "", "rows_per_shard")["rows_per_shard"]
-        views = about.get("views")
-        self.views: dict[str, Any] = views if isinstance(views, dict) else {}
-        per_image = self.views.get("per_image")
-        self.views_per_image: int = per_image if type(per_image) is int and per_image > 0 else 1
+        self.root = root or read_root(backend)
+        self.rows_per_shard, self.views = self.root.rows_per_shard, self.root.views
+        self.views_per_image = self.root.views_per_image
 
     def teachers(self) -> list[str]:
         """Names of all teachers."""
         names = self.backend.list("teachers")
-        return [name for name in names if self.backend.size(f"teachers/{name}/zarr.json") is not None]
+        return [name for name in names if self.backend.size(metadata_path(teacher_group(name))) is not None]
 
     def teacher(self, name: str) -> Teacher:
         """One teacher. Raises NotFound naming those there are."""
@@ -77,10 +87,7 @@ class Store:
 
     def report(self, digest: str) -> dict[str, Any]:
         """What is known about the fit of a transform. Raises DamagedObject."""
-        try:
-            return unseal(report_path(digest), self.backend.read(report_path(digest)))
-        except FileNotFoundError as error:
-            raise DamagedObject(f"{report_path(digest)}: missing; `statsvc verify` says what needs it") from error
+        return read_report(self.backend, digest).model_dump(exclude_unset=True)
 
     def key_hashes(self, shard: int) -> np.ndarray:
         """[rows_per_shard, 16] uint8: of each row the blake2b-128 of its sample's key, zero where there is none."""
@@ -93,15 +100,11 @@ class Store:
 class Teacher:
     """One teacher's outputs, statistics, transforms and targets."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, record: TeacherRecord | None = None) -> None:
         self.store, self.name = store, name
-        about = attributes(store.backend, f"teachers/{name}", "fingerprint", "preprocessing", "outputs")
-        self.fingerprint: str = about["fingerprint"]
-        self.preprocessing: dict[str, Any] = about["preprocessing"]
-        self.outputs = {
-            output: Output(shape["tokens"], shape["dim"], tuple(shape["grid"]) if shape.get("grid") else None)
-            for output, shape in about["outputs"].items()
-        }
+        self.record = record or read_teacher(store.backend, name)
+        self.fingerprint, self.preprocessing = self.record.fingerprint, self.record.preprocessing
+        self.outputs = self.record.shapes()
 
     @property
     def dims(self) -> dict[str, int]:
@@ -121,10 +124,8 @@ class Teacher:
 
     def fits(self) -> dict[str, dict[str, Any]]:
         """{output: {method: digest | {"refused": reason}}}; empty before the fit. Raises DamagedObject."""
-        try:
-            return unseal(fit_path(self.name), self.store.backend.read(fit_path(self.name)))
-        except FileNotFoundError:
-            return {}
+        record = read_fits(self.store.backend, self.name)
+        return record.root if record else {}
 
     def transform(self, method: str, output: str = "patches") -> Transform:
         """The fitted transform. Raises NotFound with the reason where there is none."""
@@ -171,8 +172,8 @@ class Teacher:
 
     def cache_sets(self) -> list[str]:
         """Names of the cache sets."""
-        names = self.store.backend.list(f"teachers/{self.name}/cache")
-        return [name for name in names if re.fullmatch(CACHE_SET, name)]  # anything may lie beside them
+        names = self.store.backend.list(f"{teacher_group(self.name)}/cache")
+        return [name for name in names if is_folder(f"{teacher_group(self.name)}/cache/{name}")]  # or something else
 
     def targets(self, output: str = "patches", cache_set: str | None = None, method: str | None = None) -> Targets:
         """The cached targets of an output; `cache_set` chooses where there are several.
@@ -206,17 +207,17 @@ class Targets(CachedRows):
                 "or leave method out"
             )
         self._store, dtype = teacher.store, set_dtype(set_)
-        folder = f"teachers/{teacher.name}/cache/{set_}/{output}"
-        about = attributes(self._store.backend, f"{folder}/{codec(dtype).sharded.name}", "transform", "k")
-        self.tokens, self.k = teacher.output(output).tokens, about["k"]
+        folder = cache_group(teacher.name, set_, output)
+        stored = read_targets(self._store.backend, f"{folder}/{codec(dtype).sharded.name}")
+        self.tokens, self.k = teacher.output(output).tokens, stored.k
         specs = cache_arrays(
-            teacher.name, set_, output, dtype=dtype, transform=about["transform"],
+            teacher.name, set_, output, dtype=dtype, transform=stored.transform,
             tokens=self.tokens, k=self.k, rows=self._store.rows_per_shard,
         )  # fmt: skip
         super().__init__(
             self._store.backend, self._store.ledger, teacher=teacher.name, output=output, cache_set=set_, specs=specs,
             rows_per_shard=self._store.rows_per_shard, fingerprint=teacher.fingerprint,
-            transform_digest=about["transform"],
+            transform_digest=stored.transform,
         )  # fmt: skip
 
     @cached_property
@@ -246,7 +247,7 @@ class Targets(CachedRows):
         shard_N, row_N = np.divmod(row_numbers(rows), self._store.rows_per_shard)
         covered_NT = np.ones((len(row_N), self.tokens), bool)
         grid, size = self.teacher.output(self.output).grid, self.teacher.preprocessing["size"]
-        padded = attributes(self._store.backend, "").get("views", {}).get("kind") == "whole"
+        padded = self._store.views.get("kind") == "whole"
         for begin, end in runs(shard_N):
             rows_N = self._present(shard_N, row_N, begin, end)
             if grid is not None and padded:

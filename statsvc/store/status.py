@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from statsvc.store.commits import Commit
 from statsvc.store.index import Index, read_index
-from statsvc.store.paths import RUN
 from statsvc.store.reader import Store, Teacher
+from statsvc.store.records import read_run
 
 
 def describe(store: Store) -> dict[str, Any]:
     """The contents of `statsvc status --json`."""
     index = read_index(store.backend, store.ledger)
     with_problems = [shard for shard, entry in index.items() if entry.failed]
-    try:
-        quarantine = json.loads(store.backend.read(RUN)).get("quarantine", {})
-    except (FileNotFoundError, ValueError):
-        quarantine = {}
+    quarantine = read_run(store.backend).quarantine
     return {
         "rows_per_shard": store.rows_per_shard,
         "views_per_image": store.views_per_image,

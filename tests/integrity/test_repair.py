@@ -20,6 +20,8 @@ from statsvc.progress import Display
 from statsvc.storage.fence import LEASE
 from statsvc.storage.lease import Lease
 from statsvc.storage.local import LocalBackend
+from statsvc.store.paths import COPIES, copy_path, fit_path, is_stored_twice, original_path
+from statsvc.store.sealed import seal
 from tests.conftest import SHARDS, Finished, in_process, plan_for
 from tests.support.tiny import photograph, photographs, write_tar
 from workers.driver.refit import refit
@@ -111,8 +113,13 @@ def vouching(contents: dict[str, bytes], path: str) -> set[str]:
 
 
 def is_unfinished(path: str, kind: str) -> bool:
-    """Without its commit, a unit of the cache phase was not done; and what is derived is not missed."""
-    return kind == "removed" and ("commits/cache" in path or path == DERIVED)
+    """Without its commit, a unit of the cache phase was not done; the next run writes what is derived, and copies."""
+    return kind == "removed" and ("commits/cache" in path or path.startswith((DERIVED, COPIES)))
+
+
+def twin(path: str) -> str | None:
+    """The other copy of a document that is stored twice."""
+    return copy_path(path) if is_stored_twice(path) else original_path(path)
 
 
 def all_changes(
@@ -134,11 +141,16 @@ def all_changes(
 def test_every_object_in_one_round_or_another_is_damaged_named_and_restored(
     finished: Finished, stranger: dict[str, bytes]
 ) -> None:
-    """Each round damages a third of all objects at once, and the last ones all that were not damaged before."""
+    """Each round damages a third of all objects at once, and the last ones all that were not damaged before; of what is
+    stored twice, one of the two. The numbers of dataset shards exist twice without a copy.
+    """
     before, done = finished.contents(), set[str]()
-    for seed in range(3):
+    for seed in range(4):
         changes = {path: (kind, data) for path, kind, data in all_changes(before, stranger, seed) if path not in done}
         chosen = dict(list(changes.items())[: len(before) // 3 + 1])
+        for path in sorted(chosen):
+            if twin(path) in chosen or (path == DERIVED and any("commits/index" in other for other in chosen)):
+                del chosen[path]
         done |= chosen.keys()
         for path, (_, data) in chosen.items():
             write(finished.path / path, data)
@@ -175,14 +187,14 @@ def test_each_kind_of_damage_to_each_kind_of_object_is_named_by_itself(
 
 
 SEVERAL = {
-    "root and all of the index": [r"zarr\.json", r".*/commits/index/.*"],
-    "root, index, and what was derived from it": [r"zarr\.json", r".*/commits/index/.*", r"\.statsvc/index\.json"],
+    "root and all of the index": [r"zarr\.json", r"\.statsvc/commits/index/.*"],
     "root and teachers": [r"zarr\.json", r"teachers/\w+/zarr\.json"],
-    "all metadata": [r"(.*/)?zarr\.json"],
-    "a teacher and its commits": [r"teachers/dino/zarr\.json", r".*/commits/measure/dino/.*"],
-    "pilot and fits": [r".*/commits/pilot/.*", r".*/commits/fit/.*"],
-    "all commits": [r".*/commits/.*"],
-    "everything": [r".*"],
+    "all metadata": [r"(?!\.statsvc/copies/)(.*/)?zarr\.json"],
+    "a teacher and its commits": [r"teachers/dino/zarr\.json", r"\.statsvc/commits/measure/dino/.*"],
+    "pilot and fits": [r"\.statsvc/commits/pilot/.*", r"\.statsvc/commits/fit/.*"],
+    "all commits": [r"\.statsvc/commits/.*"],
+    "everything but the copies": [r"(?!\.statsvc/copies/|\.statsvc/index\.json).*"],
+    "all copies and the chunks": [r"\.statsvc/copies/.*", r".*/c/.*"],
 }
 
 
@@ -195,6 +207,50 @@ def test_several_things_at_once_are_restored(finished: Finished, what: str) -> N
     assert examine(str(finished.path)).damage
     mended(finished)
     assert differing(finished, before) == []
+
+
+# --- documents of which both copies are lost ---
+
+LOST = {
+    "root": r"zarr\.json",
+    "teacher": r"teachers/dino/zarr\.json",
+    "pilot": r"\.statsvc/commits/pilot/.*",
+    "fit": r"\.statsvc/commits/fit/dino\.json",
+    "transforms": r"\.statsvc/transforms/.*",
+    "reports": r"\.statsvc/reports/.*",
+}
+
+
+@pytest.mark.parametrize("how", ["removed", "bit in the middle"])
+@pytest.mark.parametrize("what", LOST)
+def test_a_document_that_is_lost_twice_is_named_and_nothing_is_removed_for_it(
+    finished: Finished, what: str, how: str
+) -> None:
+    before, chance = finished.contents(), random.Random(0)
+    for path in [path for path in before if re.fullmatch(LOST[what], path)]:
+        write(finished.path / path, KINDS[how](before[path], chance))
+        write(finished.path / copy_path(path), KINDS[how](before[path], chance))
+    damaged, left = found(finished), finished.contents()
+    if what == "root" and how == "removed":
+        assert "zarr.json" in damaged
+    assert damaged
+    assert not any(line.removed or line.restored for line in damaged.values())
+    assert any("restore the file from a backup" in line.reason for line in damaged.values())
+    assert repair(str(finished.path), damaged.values()) == ([], [], {"index": 0, "measure": 0, "cache": 0})
+    assert finished.contents() == left
+    for path, data in before.items():
+        write(finished.path / path, data)
+    assert found(finished) == {}
+
+
+def test_a_copy_that_is_older_than_its_original_is_unfinished_work(finished: Finished) -> None:
+    path = fit_path("dino")
+    copy = finished.path / copy_path(path)
+    older = seal(
+        {output: dict(list(fits.items())[:1]) for output, fits in finished.store.teacher("dino").fits().items()}
+    )
+    copy.write_bytes(older)
+    assert examine(str(finished.path))[1:] == ([], [copy_path(path)])
 
 
 def test_a_record_of_the_run_that_is_damaged_is_named_and_written_anew(finished: Finished) -> None:
@@ -217,14 +273,11 @@ def grown(made: Finished) -> None:
     assert Agenda(made.plan).numbers == {"a.tar": 0, "b.tar": 1, "c.tar": 2, "A.tar": 3, "aa.tar": 4}
 
 
-@pytest.mark.parametrize("derived", [True, False], ids=["by the summary", "by key hashes"])
-def test_dataset_shards_get_their_old_numbers_and_the_fit_its_old_pilot(finished: Finished, derived: bool) -> None:
+def test_dataset_shards_get_their_old_numbers_and_the_fit_its_old_pilot(finished: Finished) -> None:
     grown(finished)
     before = finished.contents()
     for shard in (0, 2, 4):
         write(finished.path / f".statsvc/commits/index/{shard:06d}.json", None if shard else b"")
-    if not derived:
-        write(finished.path / DERIVED, b"")
     write_tar(finished.folder / "0.tar", photographs("new"))  # and a new one comes at the same time
     mended(finished)
     assert Agenda(finished.plan).numbers["0.tar"] == 5
@@ -232,22 +285,6 @@ def test_dataset_shards_get_their_old_numbers_and_the_fit_its_old_pilot(finished
     assert [
         path for path in differing(finished, before) if path in before and path != DERIVED and "zarr" not in path
     ] == []
-
-
-@pytest.mark.parametrize("kind", ["removed", "bit in the middle"])
-def test_a_lost_pilot_is_read_off_the_reports(finished: Finished, kind: str) -> None:
-    grown(finished)
-    before = finished.contents()
-    (path,) = (path for path in before if "/pilot/" in path)
-    write(finished.path / path, KINDS[kind](before[path], random.Random(0)))
-    removed, requeued = repair(str(finished.path), found(finished).values())
-    assert (removed, sum(requeued.values())) == ([], 0)
-    assert differing(finished, before) == []
-    # With a fit that has to be made anew at the same time.
-    write(finished.path / path, None)
-    write(finished.path / ".statsvc/commits/fit/siglip.json", b"")
-    mended(finished)
-    assert differing(finished, before) == []
 
 
 # --- repair that is killed ---
@@ -259,8 +296,10 @@ def test_a_repair_that_is_killed_at_any_removal_is_finished_by_the_next(
 ) -> None:
     before = finished.contents()
     write(finished.path / ".statsvc/commits/index/000001.json", b"")
-    for path, _, data in all_changes(before, stranger, seed)[:40]:
-        write(finished.path / path, data)
+    damaged = {path: data for path, _, data in all_changes(before, stranger, seed)[:40] if path != DERIVED}
+    for path, data in damaged.items():
+        if twin(path) not in damaged:
+            write(finished.path / path, data)
     remove, survive = LocalBackend.remove, random.Random(seed)
 
     def dies(storage: LocalBackend, path: str) -> None:
@@ -276,7 +315,7 @@ def test_a_repair_that_is_killed_at_any_removal_is_finished_by_the_next(
     assert differing(finished, before) == []
 
 
-def test_what_no_run_makes_anew_is_named_and_stays(finished: Finished) -> None:
+def test_a_superseded_transform_that_something_needs_is_restored(finished: Finished) -> None:
     old = finished.store.teacher("dino").fits()["patches"]["phi-s"]
     for name in "de":
         write_tar(finished.folder / f"{name}.tar", photographs(*(f"{name}{i}" for i in range(6))))
@@ -285,10 +324,9 @@ def test_what_no_run_makes_anew_is_named_and_stays(finished: Finished) -> None:
     whole = (finished.path / path).read_bytes()
     write(finished.path / path, whole[:-1])
     assert not found(finished)[path].removed
-    assert "restore the file from a copy" in found(finished)[path].reason
+    assert found(finished)[path].restored
     repair(str(finished.path), found(finished).values())
-    assert (finished.path / path).read_bytes() == whole[:-1]
-    write(finished.path / path, whole)
+    assert (finished.path / path).read_bytes() == whole
     assert found(finished) == {}
 
 

@@ -69,8 +69,9 @@ def test_work_that_was_not_committed_is_unfinished_and_no_damage(
     assert verify(finished, "--json") == 0
     assert json.loads(capsys.readouterr().out)["unfinished"] == left.unfinished
     shutil.rmtree(commits / "cache")
-    shutil.rmtree(commits / "fit")
-    shutil.rmtree(commits / "pilot")
+    for folder in (commits, finished.path / ".statsvc/copies/commits"):
+        shutil.rmtree(folder / "fit")
+        shutil.rmtree(folder / "pilot")
     shutil.rmtree(commits / "measure")
     (commits / "index/000002.json").unlink()  # its chunk was written, and then the run was stopped
     assert verdict(finished).damage == []
@@ -202,9 +203,11 @@ def test_transforms_of_other_teachers_are_foreign_and_those_of_earlier_fits_are_
     folder = finished.path / ".statsvc"
     fits = finished.store.teacher("siglip").fits()
     shutil.rmtree(finished.path / "teachers/siglip")
+    shutil.rmtree(folder / "copies/teachers/siglip")
     for phase in ("measure", "cache"):
         shutil.rmtree(folder / "commits" / phase / "siglip")
-    (folder / "commits/fit/siglip.json").unlink()
+    for place in (folder, folder / "copies"):
+        (place / "commits/fit/siglip.json").unlink()
     found = foreign(finished)
     digests = {digest for methods in fits.values() for digest in methods.values() if isinstance(digest, str)}
     assert {Path(path).name.partition(".")[0] for path in found} == digests

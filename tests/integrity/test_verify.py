@@ -24,6 +24,7 @@ from statsvc.integrity.verify import verify_store
 from statsvc.storage.lease import Lease
 from statsvc.store.arrays import write_chunk
 from statsvc.store.layout import moments_arrays
+from statsvc.store.paths import COPIES
 from statsvc.store.sealed import seal
 from tests.conftest import Finished
 from tests.support.plans import write_plan
@@ -91,9 +92,11 @@ def test_an_undamaged_store_is_found_to_be_so(finished: Finished, capsys: pytest
 def test_a_store_that_is_not_finished_is_not_damaged(finished: Finished) -> None:
     # As a run leaves it that was stopped after each of its phases, from the last to the first.
     for folder in ("commits/cache", "commits/fit", "commits/measure"):
-        shutil.rmtree(finished.path / ".statsvc" / folder)
+        for place in (".statsvc", ".statsvc/copies"):
+            shutil.rmtree(finished.path / place / folder, ignore_errors=True)
         assert found(finished) == {}
-    shutil.rmtree(finished.path / "teachers")
+    for folder in ("teachers", ".statsvc/copies/teachers"):
+        shutil.rmtree(finished.path / folder)
     assert found(finished) == {}
 
 
@@ -140,8 +143,8 @@ def test_damage_to_every_kind_of_object_is_found_under_its_path(finished: Finish
 
 
 def may_be_missing(path: str, name: str) -> bool:
-    """Without its commit a unit of the cache phase is one that was not done yet; what is derived can be missing."""
-    return name == "missing" and ("commits/cache" in path or path == ".statsvc/index.json")
+    """Without its commit, a unit of the cache phase was not done yet; the next run writes the summary and copies."""
+    return name == "missing" and ("commits/cache" in path or path.startswith((COPIES, ".statsvc/index.json")))
 
 
 def test_the_lines_begin_with_the_path_and_the_exit_code_is_1(
@@ -283,7 +286,7 @@ def test_a_fit_that_is_not_this_teachers_is_found(finished: Finished) -> None:
 
 
 def test_a_pilot_that_is_not_the_one_that_was_fitted_is_found(finished: Finished) -> None:
-    ((path, whole),) = [item for item in finished.contents().items() if "/pilot/" in item[0]]
+    ((path, whole),) = [item for item in finished.contents().items() if item[0].startswith(".statsvc/commits/pilot/")]
     rewritten(finished.path / path, shards=[0, 1])
     assert set(found(finished)) == {path}
     rewritten(finished.path / path, teachers=["dino"])
@@ -403,18 +406,17 @@ REPAIRS: dict[str, list[str]] = {
     "key hashes": [r"samples/key_hash/c/1"],
     "index": [r"commits/index/000000", r"commits/index/000002"],
     "commits": [r"commits/measure/siglip/000001", r"commits/cache/dino/.*/000000", r"commits/cache/dino/.*/000002"],
-    "fit": [r"commits/fit/dino"],
-    "pilot": [r"commits/pilot/"],
-    "transform": [r"transforms/.*"],
-    "reports": [r"reports/.*"],
-    "array metadata": [r"samples/.*/zarr\.json", r"dino/.*/codes/zarr\.json", r"scatter/zarr\.json"],
+    "fit": [r"^\.statsvc/commits/fit/dino"],
+    "pilot": [r"^\.statsvc/commits/pilot/"],
+    "transform": [r"^\.statsvc/transforms/.*"],
+    "reports": [r"^\.statsvc/reports/.*"],
+    "array metadata": [r"^samples/.*/zarr\.json", r"dino/.*/codes/zarr\.json", r"scatter/zarr\.json"],
     "group metadata": [r"^teachers/zarr\.json", r"^teachers/dino/cache/zarr\.json", r"^samples/zarr\.json"],
     "teacher metadata": [r"^teachers/dino/zarr\.json"],
     "root metadata": [r"^zarr\.json"],
-    "everything but metadata of root and teachers": [
-        r"/c/", r"commits/", r"transforms/", r"reports/", r"samples/.*zarr", r"moments/.*zarr", r"cache/.*zarr"
-    ],
-}  # fmt: skip
+    "copies": [r"^\.statsvc/copies/"],
+    "everything but copies and the index": [r"^(?!\.statsvc/(copies/|index\.json|commits/index/))"],
+}
 
 
 @pytest.mark.parametrize("change", ["flipped", "missing"])

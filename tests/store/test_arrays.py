@@ -22,8 +22,9 @@ from statsvc.digests import crc32c_hex
 from statsvc.errors import DamagedObject
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend, ObjectRecord
-from statsvc.store.arrays import declare_arrays, declare_group, open_feature_shard, publish, read_chunk, write_chunk
+from statsvc.store.arrays import declare_arrays, declare_group, open_feature_shard, read_chunk, write_chunk
 from statsvc.store.commits import Commit
+from statsvc.store.copies import publish
 from statsvc.store.layout import ArraySpec
 from statsvc.store.shard_file import ShardFile, ShardWriter
 from tests.store.test_layout import SPECS, C
@@ -159,6 +160,7 @@ def test_zarr_python_writes_the_same_bytes(storage: Backend, tmp_path: Path, pat
         assert [(tmp_path / record.path).read_bytes() for record in records.values()] == ours
 
 
+@pytest.mark.filterwarnings("ignore:Object at .statsvc")  # which is no part of it
 def test_the_whole_hierarchy_opens_as_zarr(storage: Backend, tmp_path: Path) -> None:
     declare_arrays(storage, SPECS.values(), SHARDS)
     group: Any = zarr.open_group(tmp_path, mode="r")

@@ -19,7 +19,6 @@ from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.storage.local import LocalBackend
 from statsvc.storage.read_ahead import AHEAD
-from statsvc.store.arrays import attributes
 from statsvc.store.commits import Commit, Failure, Ledger
 from statsvc.store.paths import commit_path
 
@@ -261,32 +260,6 @@ def test_a_damaged_commit_is_refused_at_every_reading(storage: Backend) -> None:
     for _ in range(2):
         with pytest.raises(DamagedObject, match=r"000003\.json"):
             reader.read("index", 3)
-
-
-# --- attributes ---
-
-
-def test_attributes_are_those_of_the_zarr_metadata(storage: Backend) -> None:
-    storage.write("zarr.json", b'{"attributes": {"format": 1}}')
-    storage.write("a/b/zarr.json", b'{"attributes": {}}')
-    assert attributes(storage, "", "format") == {"format": 1}
-    assert attributes(storage, "a/b") == {}
-
-
-@pytest.mark.parametrize(
-    "document", [None, b"", b"{", b"[]", b"{}", b"null", b"\xff", b'{"attributes": []}', b'{"attributes": null}']
-)
-def test_metadata_without_attributes_is_damage_that_names_the_object(storage: Backend, document: bytes | None) -> None:
-    if document is not None:
-        storage.write("teachers/dino/zarr.json", document)
-    with pytest.raises(DamagedObject, match=r"^teachers/dino/zarr\.json: .*run the plan again"):
-        attributes(storage, "teachers/dino")
-
-
-def test_metadata_that_lacks_an_attribute_is_damage_that_names_both(storage: Backend) -> None:
-    storage.write("teachers/dino/zarr.json", b'{"attributes": {"outputs": {}}}')
-    with pytest.raises(DamagedObject, match=r"^teachers/dino/zarr\.json: .*it lacks fingerprint"):
-        attributes(storage, "teachers/dino", "outputs", "fingerprint")
 
 
 class FarAway(LocalBackend):

@@ -11,19 +11,18 @@ from typing import Any
 from statsvc.dataset.expand import expand
 from statsvc.dataset.source import size_of
 from statsvc.errors import PlanError, StoreError
-from statsvc.integrity.recover import rows_left
 from statsvc.numerics.normalizations import METHODS
 from statsvc.plan import Plan
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
 from statsvc.storage.fence import FencedBackend
 from statsvc.storage.lease import Lease
-from statsvc.store.arrays import attributes
 from statsvc.store.commits import Ledger, pilots
 from statsvc.store.index import read_index, write_summary
 from statsvc.store.layout import ArraySpec, cache_arrays, moments_arrays, sample_arrays, teacher_status
 from statsvc.store.paths import fit_path, groups, raw_set_name, set_name
 from statsvc.store.reader import Store
+from statsvc.store.records import read_pilots, read_teacher
 from statsvc.store.sealed import unseal
 from workers.driver.fingerprint import fingerprint, settle
 from workers.driver.phases.fit import fit_digest
@@ -73,20 +72,20 @@ class Agenda:
                     f"data.rows_per_shard: {plan.data.rows_per_shard} differs from the {kept} that the store "
                     f"{plan.store!r} was made with; leave the key out, or use another store"
                 )
-            if list(plan.data.images) != (known := attributes(self.backend, "").get("images")):
+            if list(plan.data.images) != (kept_images := self._store.root.images):
                 raise PlanError(
-                    f"data.images: {list(plan.data.images)} differs from the {known} that decided which images are "
-                    f"the rows of the store {plan.store!r}; use those, or another store"
+                    f"data.images: {list(plan.data.images)} differs from the {kept_images} that decided which images "
+                    f"are the rows of the store {plan.store!r}; use those, or another store"
                 )
         elif (foreign := [name for name in self.backend.list("") if name != ".statsvc"]) and not (
-            self.indexed_rows or self.backend.list(".statsvc/commits")
+            self.backend.list(".statsvc/commits")
         ):
             raise PlanError(
                 f"store: {plan.store!r} holds {foreign[0]!r} and is no store; name a new or an empty folder"
             )
         # Also where the root was lost: a run restores it, with the views that its rows and teachers have.
         there = [n for n in self.backend.list("teachers") if self.backend.size(f"teachers/{n}/zarr.json") is not None]
-        stored = {name: attributes(self.backend, f"teachers/{name}")["settings"] for name in there}
+        stored = {name: read_teacher(self.backend, name).settings for name in there}
         self.settings: dict[str, dict[str, Any]] = {}
         for name, teacher in resolved.items():
             self.settings[name] = settle(name, plan, teacher, stored | self.settings)
@@ -112,11 +111,6 @@ class Agenda:
             raise
 
     @property
-    def indexed_rows(self) -> int | None:
-        """Rows of a dataset shard, views included, as the index has it: also where the root of the store was lost."""
-        return rows_left(self.backend)
-
-    @property
     def has_store(self) -> bool:
         return self._store is not None
 
@@ -131,6 +125,8 @@ class Agenda:
         if not self.has_store or set(self.usable("cache")) - set(self.known_numbers()):
             return True
         if any(not self.is_fitted(name) for name in self.plan.teachers):
+            return True
+        if self.lost_moments():
             return True
         described = {path for spec in self.arrays() for path in (spec.path, *groups(spec.path))}
         if any(self.backend.size(f"{path}/zarr.json") is None for path in described):
@@ -244,6 +240,23 @@ class Agenda:
             if set(record["teachers"]) & set(teachers):
                 return record
         return None
+
+    def lost_moments(self) -> list[tuple[list[str], list[int]]]:
+        """Fitted teachers, and the pilot of theirs, of which a dataset shard has to be measured again: a repair removed
+        its moments. The fit stays: from moments with other last bits it would have another digest.
+        """
+        found = []
+        for record in read_pilots(self.backend).values() if self.has_store else ():
+            teachers = [
+                name
+                for name in record.teachers
+                if name in self.plan.teachers
+                and self.is_fitted(name)
+                and set(record.shards) - set(self.store.ledger.shards("measure", name))
+            ]
+            if teachers:
+                found.append((teachers, record.shards))
+        return found
 
     def measure_units(self, teachers: list[str], order: list[str], pilot: Pilot) -> Iterator[Unit]:
         """The units of the pilot that have no commit, until the pilot is complete.

@@ -10,7 +10,6 @@ import torch
 
 from statsvc.errors import PlanError
 from statsvc.plan import Data
-from statsvc.store.arrays import attributes
 from statsvc.store.reader import Store
 from statsvc.student.data.source import recorded_data
 
@@ -46,7 +45,7 @@ def data_of(store: Store, shards: str | Sequence[str] | Data | None) -> Data:
         return recorded_data(store)
     if isinstance(shards, Mapping) or not all(isinstance(pattern, str) for pattern in shards):
         raise PlanError(f"shards={shards!r}: give patterns as data.shards of a plan, such as 'photos/*.tar'")
-    return Data(shards=names_of(shards) or (), images=tuple(attributes(store.backend, "", "images")["images"]))
+    return Data(shards=names_of(shards) or (), images=tuple(store.root.images))
 
 
 def rank_of(rank: int | None, world_size: int | None) -> tuple[int, int]:

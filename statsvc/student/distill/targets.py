@@ -16,7 +16,6 @@ from statsvc.config import nearest
 from statsvc.errors import NotFound, PlanError
 from statsvc.numerics.transform import Transform
 from statsvc.plan import Plan
-from statsvc.store.arrays import attributes
 from statsvc.store.layout import digest_of_fit
 from statsvc.store.paths import raw_set_name, set_name
 from statsvc.store.reader import Targets, Teacher, open_store
@@ -97,7 +96,7 @@ class Cached:
 
     @cached_property
     def _is_padded(self) -> bool:
-        return bool(attributes(self.store.backend, "").get("views", {}).get("kind") == "whole")
+        return bool(self.store.views.get("kind") == "whole")
 
     def _set(self, teacher: Teacher) -> str:
         """The cache set that `statsvc run` writes by the plan."""

@@ -29,8 +29,9 @@ from statsvc.plan import Teacher
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
 from statsvc.storage.local import LocalBackend
-from statsvc.store.arrays import declare_arrays, declare_group, publish
+from statsvc.store.arrays import declare_arrays, declare_group
 from statsvc.store.commits import Commit, Failure, Ledger
+from statsvc.store.copies import publish
 from statsvc.store.layout import FORMAT, cache_arrays, moments_arrays, sample_arrays, teacher_status
 from statsvc.store.paths import transform_path
 from tests.support.tiny import FakeTeacher, Misbehaving, key_hash, photographs, plain_image, seen_by, write_tar

@@ -16,8 +16,9 @@ from statsvc.numerics.codec import codec
 from statsvc.plan import Plan, Statistics
 from statsvc.progress import Bars, Display
 from statsvc.storage.lease import Lease
-from statsvc.store.arrays import attributes, declare_arrays, declare_group
+from statsvc.store.arrays import declare_arrays, declare_group
 from statsvc.store.commits import pilots
+from statsvc.store.copies import remove_twice, write_twice
 from statsvc.store.layout import FORMAT, Output, sample_arrays
 from statsvc.store.paths import pilot_path
 from statsvc.store.sealed import seal, unseal, with_checksum
@@ -67,7 +68,7 @@ class Phases:
         agenda, summaries, told = self._agenda, dict[str, ShardSummary](), dict[str, int]()
         per_image = self._plan.views.per_image
         new = [name for name in agenda.usable("index") if name not in agenda.numbers]
-        rows = agenda.store.rows_per_shard if agenda.has_store else agenda.indexed_rows
+        rows = agenda.store.rows_per_shard if agenda.has_store else None
         if rows is None and self._plan.data.rows_per_shard is not None:
             rows = self._plan.data.rows_per_shard * per_image
         if self._plan.data.rows_per_shard is None and new:
@@ -119,10 +120,13 @@ class Phases:
             pilot = self.measure(teachers, record["shards"] if record else None)
             if record is None:
                 record = {"teachers": teachers, "shards": pilot.shards, "options": fit_options(self._plan)}
-                self._backend.write(pilot_path(teachers), seal(record))
+                write_twice(self._backend, pilot_path(teachers), seal(record))
             for name in teachers:
                 fit_teacher(agenda.store, name, pilot, record.get("options"), record.get("near", {}).get(name))
                 self._check()
+
+        for teachers, shards in agenda.lost_moments():
+            self.measure(teachers, shards)
 
     def refit(self, near: dict[str, dict[str, str]], *, resume: bool) -> bool:
         """Measure a new pilot over all dataset shards of the plan and fit anew; False where nothing has changed.
@@ -156,10 +160,10 @@ class Phases:
                 paths.add(path)
             elif rest:
                 paths.add(pilot_path(rest))
-                self._backend.write(pilot_path(rest), seal({**content, "teachers": rest}))
-        self._backend.write(pilot_path(record["teachers"]), seal(record))
+                write_twice(self._backend, pilot_path(rest), seal({**content, "teachers": rest}))
+        write_twice(self._backend, pilot_path(record["teachers"]), seal(record))
         for path in old.keys() - paths:
-            self._backend.remove(path)
+            remove_twice(self._backend, path)
 
     def measure(self, teachers: list[str], known: list[int] | None) -> Pilot:
         """Measure dataset shards in pilot order until the pilot is complete or all are done; or a known pilot's."""
@@ -262,7 +266,7 @@ class Phases:
             shapes = {output: shape.describe() for output, shape in outputs.items()}
             if name in store.teachers():
                 # Appending dataset shards is no reason to rewrite what the first run recorded.
-                if shapes != attributes(self._backend, f"teachers/{name}")["outputs"]:
+                if outputs != store.teacher(name).outputs:
                     raise PlanError(f"teachers.{name}: gives outputs {shapes}, other ones than the store holds")
             else:
                 about = {

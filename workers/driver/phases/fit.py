@@ -15,7 +15,7 @@ from statsvc.numerics.moments import Moments
 from statsvc.numerics.normalizations import METHODS, fit
 from statsvc.numerics.transform import Transform
 from statsvc.plan import Plan, Whitening
-from statsvc.store.arrays import publish
+from statsvc.store.copies import write_twice
 from statsvc.store.layout import digest_of_fit
 from statsvc.store.paths import fit_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher
@@ -54,7 +54,7 @@ def fit_teacher(
                 fits[output][method] = {"refused": str(error)}
                 continue
             trust = confidence(pilot.halves[name, output], method, of_method(options, method))
-            publish(store.backend, transform_path(transform.digest), transform.to_bytes())
+            write_twice(store.backend, transform_path(transform.digest), transform.to_bytes())
             report = {
                 **about,
                 "method": method,
@@ -68,9 +68,9 @@ def fit_teacher(
                 "near": close_to,
                 **_trust(trust),
             }
-            publish(store.backend, report_path(transform.digest), seal(report))
+            write_twice(store.backend, report_path(transform.digest), seal(report))
             fits[output][method] = transform.digest
-    store.backend.write(fit_path(name), seal(fits))
+    write_twice(store.backend, fit_path(name), seal(fits))
     return fits
 
 

@@ -1,0 +1,112 @@
+"""The second copies of what cannot be made anew: metadata of root and teachers, pilots, fits, transforms and reports.
+
+A fit that is computed again, on another processor or with another numpy, has other bits, another digest and so another
+cache set. So each of these small documents is stored twice, with the same bytes; a repair copies the good one back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from statsvc.errors import StoreError
+from statsvc.numerics.transform import Transform
+from statsvc.storage.backend import Backend
+from statsvc.store.layout import group_metadata
+from statsvc.store.paths import ObjectPath, copy_path, metadata_path, parse, pilot_path, teacher_group
+from statsvc.store.records import (
+    FitsRecord,
+    PilotRecord,
+    ReportRecord,
+    parse_attributes,
+    parse_json,
+    parse_root,
+    parse_teacher,
+    validated,
+)
+from statsvc.store.sealed import unseal
+
+
+def publish(backend: Backend, path: str, data: bytes) -> None:
+    """Write a document, unless it stands there already: finished stores are not touched."""
+    if backend.size(path) != len(data) or backend.read(path) != data:
+        backend.write(path, data)
+
+
+def write_twice(backend: Backend, path: str, data: bytes) -> None:
+    """Publish a document and then its copy. Whoever dies in between leaves an older copy, which the next run renews."""
+    publish(backend, path, data)
+    publish(backend, copy_path(path), data)
+
+
+def remove_twice(backend: Backend, path: str) -> None:
+    """Remove a document; its copy goes first, so that none is left without its original."""
+    backend.remove(copy_path(path))
+    backend.remove(path)
+
+
+def stored_twice(backend: Backend) -> Iterator[str]:
+    """Every document that is stored twice, by the path of its original, whichever of the two is there."""
+    found = {path for path in ("zarr.json", copy_path("zarr.json")) if backend.size(path) is not None}
+    paths = {"zarr.json"} if found else set()
+    for private in (".statsvc", ".statsvc/copies"):
+        for folder in ("commits/fit", "commits/pilot", "transforms", "reports"):
+            paths |= {f".statsvc/{folder}/{name}" for name in backend.list(f"{private}/{folder}")}
+    for folder in ("teachers", ".statsvc/copies/teachers"):
+        for name in backend.list(folder):
+            if backend.size(f"{folder}/{name}/zarr.json") is not None:
+                paths.add(metadata_path(teacher_group(name)))
+    yield from sorted(path for path in paths if parse(path) is not None)
+
+
+def missing_copies(backend: Backend) -> list[str]:
+    """The documents, by path, that have no copy, or one of another size: of an older version of statsvc, or of a run
+    that was interrupted between the two.
+    """
+    return [
+        path
+        for path in stored_twice(backend)
+        if (nbytes := backend.size(path)) is not None and backend.size(copy_path(path)) != nbytes
+    ]
+
+
+def write_missing_copies(backend: Backend) -> int:
+    """Give every sound document its copy; returns how many were written. Raises DamagedObject for one that is not."""
+    paths = missing_copies(backend)
+    for path in paths:
+        data = backend.read(path)
+        check_document(path, data)
+        backend.write(copy_path(path), data)
+    return len(paths)
+
+
+def sound_copy(backend: Backend, path: str) -> bytes | None:
+    """The copy of a document, if it is one; None where there is none or it is damaged."""
+    try:
+        data = backend.read(copy_path(path))
+        check_document(path, data)
+    except (FileNotFoundError, StoreError):
+        return None
+    return data
+
+
+def check_document(path: str, data: bytes) -> None:
+    """Raises StoreError unless these bytes can be the document of that path; `path` is that of the original."""
+    found = parse(path)
+    assert found is not None  # callers ask for documents of the layout
+    match found:
+        case ObjectPath(kind="metadata", teacher=teacher):
+            parse_teacher(path, data) if teacher else parse_root(data)
+            if parse_json(path, data) != parse_json(path, group_metadata(parse_attributes(path, data))):
+                raise StoreError(f"{path}: not the metadata of a Zarr group")
+        case ObjectPath(kind="transform", digest=str(digest)):
+            Transform.from_bytes(data, digest)
+        case ObjectPath(kind="fit"):
+            validated(FitsRecord, path, unseal(path, data))
+        case ObjectPath(kind="pilot"):
+            pilot = validated(PilotRecord, path, unseal(path, data))
+            if pilot_path(pilot.teachers) != path:
+                raise StoreError(f"{path}: it belongs at {pilot_path(pilot.teachers)}")
+        case ObjectPath(kind="report"):
+            report = validated(ReportRecord, path, unseal(path, data))
+            if report.digest != found.digest:
+                raise StoreError(f"{path}: a report on another transform")
