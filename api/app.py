@@ -55,6 +55,8 @@ def create_app(settings: Settings, stopping: Callable[[], bool] = lambda: False)
         version=version("statsvc"),
         responses=EVERYWHERE,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's pages load scripts from the internet; ours in api/routes/docs.py does not
+        redoc_url=None,
     )
     app.state.service = service
     errors.install(app)

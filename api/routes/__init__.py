@@ -3,6 +3,7 @@
 from fastapi import APIRouter
 
 from api.routes import (
+    docs,
     home,
     moments,
     objects,
@@ -30,4 +31,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     progress.router,
     operations.router,
     home.router,
+    docs.router,
 )
