@@ -28,6 +28,7 @@ test: setup .venv-teachers/installed
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 # Limits, peers and goals in one run; then the tables of README.md and their record. A quarter of an hour at most.

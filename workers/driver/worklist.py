@@ -10,7 +10,7 @@ from typing import Any
 
 from statsvc.dataset.expand import expand
 from statsvc.dataset.source import size_of
-from statsvc.errors import PlanError, StoreError
+from statsvc.errors import CannotFit, PlanError, StoreError
 from statsvc.numerics.normalizations import METHODS
 from statsvc.plan import Plan
 from statsvc.storage import open_backend
@@ -19,13 +19,12 @@ from statsvc.storage.fence import FencedBackend
 from statsvc.storage.lease import Lease
 from statsvc.store.commits import Ledger, pilots
 from statsvc.store.index import read_index, write_summary
-from statsvc.store.layout import ArraySpec, cache_arrays, moments_arrays, sample_arrays, teacher_status
+from statsvc.store.layout import ArraySpec, cache_arrays, digest_of_fit, moments_arrays, sample_arrays, teacher_status
 from statsvc.store.paths import fit_path, groups, raw_set_name, set_name
 from statsvc.store.reader import Store
 from statsvc.store.records import read_pilots, read_teacher
 from statsvc.store.sealed import unseal
 from workers.driver.fingerprint import fingerprint, settle
-from workers.driver.phases.fit import fit_digest
 from workers.driver.pilot import Pilot
 from workers.driver.run_record import RunRecord
 from workers.driver.sizes import told_samples
@@ -331,7 +330,7 @@ class Agenda:
         if self.is_raw:
             return TeacherJob(name, teacher.fingerprint, teacher.outputs, raw_set_name(dtype), dtype)
         fits, method = teacher.fits(), self.plan.normalize
-        cache_set = set_name(method, fit_digest(fits, method), dtype)
+        cache_set = set_name(method, _fit_digest(fits, method), dtype)
         transforms = {output: fits[output][method] for output in fits}
         return TeacherJob(name, teacher.fingerprint, teacher.outputs, cache_set, dtype, transforms)
 
@@ -365,3 +364,17 @@ def tokens_per_image(plan: Plan, name: str) -> int | None:
     if not isinstance(asked, dict):
         return asked
     return next((count for pattern, count in asked.items() if fnmatchcase(name, pattern)), None)
+
+
+def _fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:
+    """The digest over the current fits of a method, which names its cache set.
+
+    Raises CannotFit with the reason where the method was refused for an output.
+    """
+    for output, methods in fits.items():
+        if isinstance(methods[method], dict):
+            raise CannotFit(
+                f"{method} was refused for {output}: {methods[method]['refused']}. Choose another normalize; or, with "
+                "more images or other limits in the plan, `statsvc refit PLAN` fits anew"
+            )
+    return digest_of_fit(methods[method] for methods in fits.values())
