@@ -58,10 +58,10 @@ def check_copies(storage: Backend, findings: Findings) -> Restored:
         if fault is None:
             if copy is None or _same(path, original, copy):
                 continue
-            if sound_copy(storage, path) is None:
-                findings.damaged(copy_path(path), "not a copy of its original", removed=False, restored=True)
-            else:
+            if _may_be_replaced(path) and sound_copy(storage, path) is not None:
                 findings.unfinished.append(copy_path(path))
+            else:
+                findings.damaged(copy_path(path), "not a copy of its original", removed=False, restored=True)
             continue
         good = sound_copy(storage, path)
         if good is None:
@@ -76,18 +76,26 @@ def check_copies(storage: Backend, findings: Findings) -> Restored:
 
 def settle(storage: Backend, findings: Findings) -> None:
     """What else was found about such documents: restored where the copy differs, and never removed."""
-    for path, damage in findings.damage.items():
+    for path, damage in list(findings.damage.items()):
         if is_stored_twice(path) and not damage.restored and not damage.foreign:
             good = sound_copy(storage, path)
             other = good is not None and good != _read(storage, path)
             reason = f"{damage.reason}; `--repair` restores it from its copy" if other else damage.reason
             findings.damage[path] = damage._replace(reason=reason, removed=False, restored=other)
+            if other:
+                findings.damage.pop(copy_path(path), None)
 
 
 def lost(path: str) -> str:
     """What to do about a document of which both copies are lost."""
     found = parse(path)
     return RESTORE if found is not None and found.kind == "metadata" else f"{RESTORE}, {REFIT}"
+
+
+def _may_be_replaced(path: str) -> bool:
+    """Whether a run ever writes other bytes there: a refit does, for what names the current fits."""
+    found = parse(path)
+    return found is not None and found.kind in ("fit", "pilot")
 
 
 def _is_of_a_stranger(storage: Backend, path: str) -> bool:

@@ -14,6 +14,7 @@ from statsvc.integrity.findings import Findings
 from statsvc.numerics.moments import Moments
 from statsvc.numerics.normalizations import moments_digest
 from statsvc.numerics.transform import Transform
+from statsvc.store.copies import sound_copy
 from statsvc.store.paths import commit_folder, commit_path, fit_path, parse, pilot_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher
 from statsvc.store.records import FitsRecord, PilotRecord, ReportRecord, read_fits, read_pilot, read_report
@@ -59,6 +60,10 @@ class FitCheck:
             self._findings.damaged(path, f"missing, though there are targets that were made with it; {lost(path)}")
         if in_use or fits.root:
             self._fitted.add(teacher.name)
+        unknown = [digest for _, _, digest in _transforms_of(fits) if not self._is_there(transform_path(digest))]
+        if unknown and sound_copy(self._store.backend, path) != self._store.backend.read(path):
+            self._findings.damaged(path, f"names the transform {unknown[0]}, which is not there")
+            return
         current = self._current(teacher, fits)
         earlier = {digest: user for digest, user in in_use.items() if digest not in current}
         for digest, user in (self._near(teacher, fits) | earlier).items():
@@ -139,7 +144,7 @@ class FitCheck:
             self._findings.damaged(where, f"not the pilot that {teacher.name} was fitted on")
         for shard in report.pilot:
             commit = commit_path("measure", shard, teacher.name)
-            if self._store.backend.size(commit) is None:
+            if not self._is_there(commit):
                 self._findings.damaged(commit, "missing, though it was fitted")
         return report
 
@@ -160,7 +165,7 @@ class FitCheck:
         self._findings.checked += 1
         self._looked_at.add(digest)
         path = transform_path(digest)
-        if self._store.backend.size(path) is None:
+        if not self._is_there(path):
             self._findings.damaged(path, f"missing; {user} needs it; {lost(path)}")
 
     def _transform(self, digest: str, report: ReportRecord | None) -> Transform:
@@ -171,6 +176,9 @@ class FitCheck:
             if known.get(key) != getattr(transform, key):
                 raise DamagedObject(f"its {key} is {getattr(transform, key)!r}, its report says {known.get(key)!r}")
         return transform
+
+    def _is_there(self, path: str) -> bool:
+        return self._store.backend.size(path) is not None
 
     def _is_lost(self, path: str) -> bool:
         """Whether a document is missing or known to be damaged in both copies."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from statsvc.errors import DamagedObject, StoreError
-from statsvc.integrity.copies import check_copies, settle
+from statsvc.errors import DamagedObject, NotFound, StoreError
+from statsvc.integrity.copies import check_copies, lost, settle
 from statsvc.integrity.findings import Damage, Findings, Verdict
 from statsvc.integrity.fits import FitCheck
 from statsvc.integrity.metadata import array_faults, root_fault, teacher_fault
@@ -53,7 +53,7 @@ def examine(location: str) -> Verdict:
         store = Store(restored)
     except StoreError as error:
         # Without a root, nothing says what the rest must be.
-        findings.damaged(ROOT, error, removed=False)
+        findings.damaged(ROOT, f"missing; {lost(ROOT)}" if restored.size(ROOT) is None else error, removed=False)
         return findings.verdict()
     _Walk(store, storage, findings).everything()
     settle(storage, findings)
@@ -157,8 +157,8 @@ class _Walk:
             return
         try:
             teacher = self._store.teacher(name)
-        except StoreError as error:
-            self._findings.damaged(path, error)
+        except NotFound:
+            self._findings.damaged(path, f"missing, though work was done for the teacher; {lost(path)}")
             return
         if fault := teacher_fault(teacher):
             self._findings.damaged(path, fault)

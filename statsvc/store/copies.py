@@ -99,7 +99,8 @@ def check_document(path: str, data: bytes) -> None:
             if parse_json(path, data) != parse_json(path, group_metadata(parse_attributes(path, data))):
                 raise StoreError(f"{path}: not the metadata of a Zarr group")
         case ObjectPath(kind="transform", digest=str(digest)):
-            Transform.from_bytes(data, digest)
+            if Transform.from_bytes(data, digest).to_bytes() != data:
+                raise StoreError(f"{path}: not as it was written")
         case ObjectPath(kind="fit"):
             validated(FitsRecord, path, unseal(path, data))
         case ObjectPath(kind="pilot"):
