@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import braceexpand
 
@@ -14,6 +15,7 @@ from statsvc.dataset.folder import FolderShard, cut_folder
 from statsvc.dataset.urls import BUCKETS, SCHEMES, check_url, file_name, in_bucket, is_url, shown
 from statsvc.errors import PlanError
 from statsvc.plan import Data
+from statsvc.storage.http.proxy import origin, proxy_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,10 @@ class DatasetShard:
 
 
 def expand(data: Data) -> list[DatasetShard]:
-    """All dataset shards of a plan, sorted by name. Raises PlanError for what is missing, doubled or not allowed."""
+    """All dataset shards of a plan, sorted by name. Raises PlanError for what is missing, doubled or not allowed.
+
+    Also for a server behind a proxy that cannot be used.
+    """
     found: dict[str, DatasetShard] = {}
     folders: dict[str, str] = {}
     for pattern in data.shards:
@@ -44,6 +49,7 @@ def expand(data: Data) -> list[DatasetShard]:
                 name = file_name(location) if is_url(location) else Path(location).name
                 _add(found, DatasetShard(name, location, nbytes))
     _refuse_nested(folders)
+    _check_proxies(found.values())
     return [found[name] for name in sorted(found)]
 
 
@@ -73,6 +79,12 @@ def _refuse_nested(folders: dict[str, str]) -> None:
                     f"data.shards: the folder {folders[inner]!r} lies in {folders[outer]!r}, which is read with all "
                     "below it; name one of them, or the tars that are meant"
                 )
+
+
+def _check_proxies(shards: Iterable[DatasetShard]) -> None:
+    urls = {shard.location for shard in shards if isinstance(shard.location, str) and is_url(shard.location)}
+    for server in {origin(urlsplit(url)) for url in urls if not in_bucket(url)}:
+        proxy_for(*server)
 
 
 def _expand_one(pattern: str) -> list[tuple[str, int | None]]:

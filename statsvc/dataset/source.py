@@ -10,6 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
+from statsvc.dataset import remote
 from statsvc.dataset.folder import FileStream, FolderShard
 from statsvc.dataset.urls import in_bucket, is_url, shown
 
@@ -55,15 +56,12 @@ def open_source(location: Location) -> Source:
         return FileStream(location)
     if isinstance(location, memoryview):
         return InMemory(location)
-    # Imported here, because a run over local files should not wait for it.
     if isinstance(location, str) and in_bucket(location):
-        from statsvc.dataset.objects import ObjectFile
+        from statsvc.dataset.objects import ObjectFile  # here: a run without buckets should not wait for obstore
 
         return ObjectFile(location)
     if isinstance(location, str) and is_url(location):
-        from statsvc.dataset.remote import RemoteFile
-
-        return RemoteFile(location)
+        return remote.RemoteFile(location)
     return LocalFile(location)
 
 
@@ -73,8 +71,6 @@ def read_small(url: str, limit: int) -> bytes | None:
         from statsvc.dataset import objects
 
         return objects.read_small(url, limit)
-    from statsvc.dataset import remote
-
     return remote.read_small(url, limit)
 
 

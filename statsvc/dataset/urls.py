@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from statsvc.errors import PlanError
+from statsvc.storage.http.proxy import origin
 
 SCHEMES = ("http", "https")
 BUCKETS = ("s3", "gs", "az")
@@ -48,12 +49,13 @@ def check_url(url: str) -> None:
     if in_bucket(url):
         _check_bucket(url)
         return
+    parts: SplitResult | None
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        origin(parts)
     except ValueError:
-        host, parts = None, urlsplit("")
-    if not host or re.search(r"[\x00-\x20\x7f]", url):
+        parts = None
+    if not parts or re.search(r"[\x00-\x20\x7f]", url):
         raise PlanError(
             f"data.shards: {shown(url)!r} is no URL; it looks like https://host/folder/train-{{000000..000099}}.tar, "
             "with %20 for a space"

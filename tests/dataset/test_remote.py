@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,9 @@ import statsvc.dataset.remote
 from statsvc.dataset.remote import RemoteFile
 from statsvc.dataset.source import Location
 from statsvc.errors import UnreadableShard
+from statsvc.storage.http import connections
 from tests.contracts.shard import TarContract, read, tar_of
+from tests.support.certificates import make_secure, self_signed
 from tests.support.http_stub import Handler, Misbehaviour, Stub, stub
 from tests.support.ports import free_port
 
@@ -126,7 +126,7 @@ def test_a_fault_on_the_way_changes_no_sample_and_no_byte(
     server: Stub, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "stall" in fault:
-        monkeypatch.setattr(statsvc.dataset.remote, "READ_SECONDS", 0.5)
+        monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
     server.next.extend(FAULTS[fault])
     samples, summary = read(url(server))
     assert [(s.key, s.image) for s in samples] == [(f"{n:02}", bytes([n]) * 30_000) for n in range(33)]
@@ -239,6 +239,14 @@ def test_redirects_are_followed_and_a_resume_begins_at_the_url_itself(server: St
     assert server.ranges() == [None, None, *[f"bytes=9000-{len(CONTENT) - 1}"] * 2]
 
 
+def test_what_no_request_may_hold_is_encoded_and_codes_stay(server: Stub) -> None:
+    server.objects["/ä 100%.tar"] = CONTENT
+    server.always = lambda h: to("/ä 100%.tar".encode().decode("latin-1"))(h) if h.path == "/a.tar" else h.behave()
+    for path in ("/a.tar", "/ä%20100%.tar"):
+        assert read(url(server, path))[1].etag == CHECKSUM
+        assert server.seen[-1][1] == "/%C3%A4%20100%25.tar"
+
+
 def test_a_loop_of_redirects_ends(server: Stub) -> None:
     server.always = to("/a.tar?secret")
     words = refusal(url(server))
@@ -280,30 +288,13 @@ def test_no_secret_of_a_url_is_said_or_logged(server: Stub, caplog: pytest.LogCa
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and a self-signed certificate for 127.0.0.1 in one file."""
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", f"{path}.crt"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
-    return path
+    return self_signed(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
 
 
 @pytest.fixture
 def secure(server: Stub, certificate: Path) -> str:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    make_secure(server, certificate)
     return url(server).replace("http://", "https://")
-
-
-@pytest.fixture(autouse=True)
-def fresh_trust() -> Iterator[None]:
-    statsvc.dataset.remote._trust.cache_clear()
-    yield
-    statsvc.dataset.remote._trust.cache_clear()
 
 
 def test_https_is_read_where_the_certificate_is_trusted_and_resumed_too(

@@ -21,7 +21,7 @@ from statsvc.storage import open_backend
 from statsvc.storage.backend import ObjectRecord
 from statsvc.storage.cached import CachedBackend
 from statsvc.storage.disk_cache import DiskCache
-from statsvc.storage.http import service
+from statsvc.storage.http import resuming
 from statsvc.storage.http.backend import HttpBackend
 from statsvc.store.reader import Store, Targets
 from tests.conftest import Finished
@@ -77,7 +77,7 @@ def server() -> Iterator[Stub]:
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+    monkeypatch.setattr(resuming, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import statsvc
 from statsvc.errors import DamagedObject, NotAStore, PlanError, StoreError
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
-from statsvc.storage.http import body, connections, service
+from statsvc.storage.http import body, connections, resuming
 from statsvc.storage.http.backend import HttpBackend
 from tests.storage.test_backends import ReadingContract
 from tests.support.http_stub import Handler, Stub, record_of, stub
@@ -45,7 +45,7 @@ def storage(server: Stub) -> HttpBackend:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits between attempts, which take no time here."""
     waits: list[float] = []
-    monkeypatch.setattr(service, "time", SimpleNamespace(sleep=waits.append, time=time.time))
+    monkeypatch.setattr(resuming, "time", SimpleNamespace(sleep=waits.append, time=time.time))
     return waits
 
 
@@ -257,6 +257,7 @@ def test_an_answer_that_stops_in_the_middle_is_resumed(server: Stub, monkeypatch
     finally:
         ended.set()
     assert len(server.seen) == 2
+    assert server.ranges()[1] == f"bytes={1_000_000 // resuming.STEP_NBYTES * resuming.STEP_NBYTES}-{len(DATA) - 1}"
 
 
 # --- answers that break off ---
@@ -489,6 +490,7 @@ def test_a_redirect_is_not_followed(server: Stub) -> None:
         "http://[::1",
         "http://a host",
         "http://höst",
+        "http://s3cret..host",
         "http://host/\n",
     ],
 )

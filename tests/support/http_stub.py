@@ -30,8 +30,9 @@ class Stub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, host: str) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), Handler)
         self.objects: dict[str, bytes] = {}
         self.next: deque[Misbehaviour] = deque()
         self.always: Misbehaviour | None = None
@@ -42,7 +43,12 @@ class Stub(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}{self.prefix}"
+        host, port = self.server_address[:2]
+        return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}{self.prefix}"
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
 
     def get_request(self) -> tuple[socket.socket, Any]:
         self.accepted += 1
@@ -125,8 +131,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stub() -> Iterator[Stub]:
-    with Stub() as server:
+def stub(host: str = "127.0.0.1") -> Iterator[Stub]:
+    with Stub(host) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -9,8 +9,9 @@ from typing import Never
 
 from statsvc.errors import PlanError, StoreError
 from statsvc.storage.backend import Fill, ObjectRecord, Upload, check_path
-from statsvc.storage.http.body import Body, number
-from statsvc.storage.http.service import PATIENT, QUICK, Attempts, Replaced, Service
+from statsvc.storage.http.body import Body
+from statsvc.storage.http.resuming import number
+from statsvc.storage.http.service import PATIENT, QUICK, Replaced, Service
 
 RESTARTS = 3  # of an object that is replaced again and again, or cannot be resumed
 
@@ -112,7 +113,7 @@ class HttpBackend:
         check_path(path)
         if not path:
             return None
-        answer = self._service.send("HEAD", path, {}, Attempts(self._service, path))
+        answer = self._service.attempts(path).repeat(lambda: self._service.request("HEAD", path, {}))
         if answer.status == 404:
             answer.close()
             return None

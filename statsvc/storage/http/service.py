@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import random
 import re
-import ssl
-import time
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
 from statsvc.errors import DamagedObject, PlanError, StoreError
-from statsvc.storage.http.connections import Answer, Connections, Lost
-
-log = logging.getLogger("statsvc")
+from statsvc.storage.http.connections import Answer, Connections, Lost, Unreachable
+from statsvc.storage.http.proxy import origin
+from statsvc.storage.http.resuming import Attempts, clean, seconds
 
 TOKEN = "STATSVC_TOKEN"  # the environment variable
-# Seconds before each further attempt, and up to a quarter more so that workers do not come back all at once. A restart
-# of the service passes unnoticed.
+# Seconds before each further attempt. A restart of the service passes unnoticed.
 PATIENT = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0)
 QUICK = PATIENT[:3]  # to open a store: the address may be wrong
 RETRY_AFTER_SECONDS = 10.0  # the most that is waited because a service asks for it
-SLOW = 3  # attempts that one counts for which took all the time there is
 RETRIED = (429, 502, 503, 504)
-DETAIL_NBYTES, DETAIL_CHARACTERS = 1 << 16, 300  # of an error's own words
-
-
-class Attempts:
-    """Failures since bytes last came; waits after each, and ends with a StoreError."""
-
-    def __init__(self, service: Service, path: str, waits: tuple[float, ...] = PATIENT) -> None:
-        self._service, self._path, self._waits, self._failures = service, path, waits, 0
-
-    def progress(self) -> None:
-        """Bytes came: the next failure is the first."""
-        self._failures = 0
-
-    def failed(self, why: str, after: float = 0, slow: bool = False) -> None:
-        """Wait before the next attempt, at least `after` seconds. Raises StoreError where there is to be none."""
-        wait = self._waits[self._failures] if self._failures < len(self._waits) else 0
-        self._failures += SLOW if slow else 1
-        why = f"{self._service.url}: {self._path}: {self._service.clean(why)}"
-        if self._failures > len(self._waits):
-            raise StoreError(f"{why}, again and again; see whether `statsvc serve` runs there and can be reached")
-        log.info("%s; trying again", why)
-        time.sleep(max(wait * random.uniform(1, 1.25), after))
+DETAIL_NBYTES = 1 << 16  # of an error's own words
 
 
 class Service:
@@ -70,23 +41,28 @@ class Service:
     def __reduce__(self) -> tuple[type[Service], tuple[str, str]]:
         return Service, (self.url, self.token)  # connections stay in their process
 
-    def send(self, method: str, path: str, headers: dict[str, str], attempts: Attempts) -> Answer:
-        """The answer to a request for an object, its body unread. Raises StoreError for none."""
+    def attempts(self, path: str, waits: tuple[float, ...] = PATIENT) -> Attempts:
+        where = f"{self.url}: {path}"
+        return Attempts(
+            where,
+            waits,
+            lambda why, _: StoreError(
+                f"{where}: {why}, again and again; see whether `statsvc serve` runs there and can be reached"
+            ),
+        )
+
+    def request(self, method: str, path: str, headers: dict[str, str]) -> Answer:
+        """The answer to one request for an object, its body unread. Raises Lost for none, StoreError for good."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "statsvc", **headers}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
-        while True:
-            try:
-                answer = self._connections.request(method, self._target(path), headers)
-            except Lost as error:
-                attempts.failed(str(error), slow=error.slow)
-            except ssl.SSLCertVerificationError as error:
-                raise StoreError(f"{self.url}: its certificate is not trusted: {error.verify_message}") from error
-            else:
-                if answer.status not in RETRIED:
-                    return answer
-                after = _seconds(answer.header("Retry-After"))
-                attempts.failed(self._says(answer), after)
+        try:
+            answer = self._connections.request(method, self._target(path), headers)
+        except Unreachable as error:
+            raise StoreError(f"{self.url}: {error}") from error
+        if answer.status in RETRIED:
+            raise Lost(self._says(answer), after=seconds(answer.header("Retry-After"), RETRY_AFTER_SECONDS))
+        return answer
 
     def refusal(self, path: str, answer: Answer) -> Exception:
         """What to raise for an answer that is not the object; the answer is closed."""
@@ -111,8 +87,7 @@ class Service:
 
     def clean(self, words: str) -> str:
         """Words of an unknown source for a message: short, printable, without the token."""
-        words = words.replace(self.token, "...") if self.token else words
-        return "".join(c if c.isprintable() else "?" for c in words[:DETAIL_CHARACTERS])
+        return clean(words.replace(self.token, "...") if self.token else words)
 
     def _says(self, answer: Answer) -> str:
         """What an error says about itself; the answer is closed."""
@@ -141,25 +116,14 @@ def _address(location: str) -> str:
     example = "it looks like http://host:8000"
     try:
         parts = urlsplit(location)
-        port, host = parts.port, parts.hostname
+        port, (_, host, _) = parts.port, origin(parts)
     except ValueError as error:
-        raise PlanError(f"the URL of the store is none; {example}") from error
+        raise PlanError(f"the URL of the store is none, or names no host; {example}") from error
     if "@" in parts.netloc:
         raise PlanError(f"a user and password in the URL of a store are not used; set {TOKEN} or give token=...")
-    if not host or not re.fullmatch("[!-~]+", location):
-        raise PlanError(f"the URL of the store names no host, or has spaces or letters beyond ASCII; {example}")
+    if not re.fullmatch("[!-~]+", location):
+        raise PlanError(f"the URL of the store has spaces or letters beyond ASCII; {example}")
     if "?" in location or "#" in location:
         raise PlanError(f"store {parts.scheme}://{parts.netloc}: leave out what follows '?' or '#'; {example}")
     host = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{host}{'' if port is None else f':{port}'}{parts.path.rstrip('/')}"
-
-
-def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header: a number of seconds or a date. 0 for none, and never long."""
-    seconds: float = 0
-    try:
-        seconds = int(retry_after or 0)
-    except ValueError:
-        with suppress(ValueError, TypeError, OverflowError):
-            seconds = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
-    return min(max(seconds, 0), RETRY_AFTER_SECONDS)
