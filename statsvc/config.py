@@ -120,7 +120,11 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 def read_document(path: Path, name: str = "plan") -> Any:
     """What the only document of a YAML file holds; every key is text and stands once. Raises PlanError."""
     try:
-        return yaml.load(path.read_text("utf-8"), _TextKeys)
+        loader = _TextKeys(path.read_text("utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except OSError as error:
         raise PlanError(f"cannot read the {name} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
