@@ -62,11 +62,6 @@ class ShardSummary:
     problems: list[Problem]
 
 
-def read_samples(location: Location, images: tuple[str, ...]) -> Iterator[Sample]:
-    """The samples of one tar, for those who need no summary."""
-    return iter(ShardReader(location, images))
-
-
 class ShardReader:
     """Iterate over it for the samples of a tar; after the last one, `summary` is there.
 

@@ -17,7 +17,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from io import UnsupportedOperation
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -244,16 +243,6 @@ class ShardFile:
         """Touches every present row. Raises DamagedObject at the first that fails its checksum."""
         for row in np.flatnonzero(self.present_R).tolist():
             self.row(row)
-
-
-def open_shard(path: Path, rows: int, row_nbytes: int) -> ShardFile:
-    """The shard in a file, memory-mapped for as long as it or a row of it lives. Raises DamagedObject."""
-    try:
-        with path.open("rb") as file:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, ValueError) as error:  # ValueError: a file without a byte cannot be mapped
-        raise _damaged(str(path), "missing or empty") from error
-    return ShardFile(buffer, rows, row_nbytes, str(path))
 
 
 def _descriptor(file: BinaryIO) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from webdataset import TarWriter
 
 from statsvc.dataset.decode import Resize
-from statsvc.dataset.shards import read_samples
+from statsvc.dataset.shards import ShardReader
 from statsvc.numerics.moments import Moments
 from statsvc.numerics.normalizations import fit
 from statsvc.plan import Teacher
@@ -89,7 +89,7 @@ def images_per_second(work: Workload) -> dict[str, float]:
         store = open_backend(f"{folder}/store")
         declare_group(store, "", {"format": FORMAT, "rows_per_shard": work.images})
         resize = Resize(work.size, teacher.preprocessing.interpolation)
-        jobs = ((None, sample.image) for sample in read_samples(tar, ("jpg",)) if sample.image)
+        jobs = ((None, sample.image) for sample in ShardReader(tar, ("jpg",)) if sample.image)
         decoded = [views[0].arrays_HW3[0] for _, views in decoders.map(jobs, (resize,)) if not isinstance(views, str)]
         batches = [np.stack(decoded[start : start + work.batch]) for start in range(0, work.images, work.batch)]
         transforms = {}

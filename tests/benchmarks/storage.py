@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from statsvc.store.shard_file import ShardFile, ShardWriter, open_shard
+from statsvc.store.shard_file import ShardFile, ShardWriter
 from tests.benchmarks.peers import Peer, working_peers
 from tests.benchmarks.rows import Goal, Row, Table, versions
 from tests.benchmarks.timing import Case, alternate, warm_up
+from tests.support.shards import open_shard
 
 ROWS, TOKENS, CHANNELS = 128, 256, 1024
 WRITE_BATCH = 16  # rows per append, as a teacher's batch brings them

@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 import statsvc.dataset.shards
 from statsvc.dataset.keys import META_NAME, key_hash, split_name
-from statsvc.dataset.shards import Sample, ShardReader, ShardSummary, read_samples
+from statsvc.dataset.shards import Sample, ShardReader, ShardSummary
 from statsvc.dataset.source import Location
 from statsvc.errors import UnreadableShard
 from tests.contracts import shard
@@ -108,7 +108,7 @@ def test_keys_positions_and_images_are_those_of_webdataset(path: Path, case: str
         assert sample.image == next((theirs[e] for e in theirs if e in IMAGES), None)
         assert (sample.image is None) == (sample.problem is not None)
     assert summary.samples == len(expected)
-    assert list(read_samples(path, IMAGES)) == samples
+    assert list(ShardReader(path, IMAGES)) == samples
 
 
 names = st.text(st.sampled_from("ab._/\nÄ"), min_size=1, max_size=8)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from statsvc.digests import crc32c
 from statsvc.errors import AbsentRow, DamagedObject, WrongRows
-from statsvc.store.shard_file import ShardFile, ShardWriter, decode_index, index_nbytes, open_shard
+from statsvc.store.shard_file import ShardFile, ShardWriter, decode_index, index_nbytes
+from tests.support.shards import open_shard
 
 ROWS, ROW_NBYTES = 4, 6
 PRESENT = [0, 1, 3]  # row 2 has no chunk
@@ -302,11 +303,6 @@ def test_every_zeroed_region_is_noticed(small: bytes) -> None:
 def test_bytes_after_the_index_are_noticed(small: bytes) -> None:
     for extra in (b"\0", b"\xff", bytes(100)):
         assert_damage_shows(small + extra, small)
-
-
-def test_a_missing_file_is_a_damaged_object(tmp_path: Path) -> None:
-    with pytest.raises(DamagedObject, match="nowhere: missing or empty"):
-        open_shard(tmp_path / "nowhere", ROWS, ROW_NBYTES)
 
 
 @pytest.mark.parametrize(
