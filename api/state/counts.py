@@ -236,4 +236,4 @@ def _read_record(backend: Backend) -> tuple[int | None, int, list[str]]:
     except DamagedObject:
         record = RunRecord()
     quarantined = {name for shards in record.quarantine.values() for name in shards}
-    return len(record.locations) or None, len(quarantined), list(record.plan.get("teachers", {}))
+    return len(record.locations) or None, len(quarantined), list(record.plan.teachers)

@@ -114,10 +114,18 @@ class ReportRecord(Record):
     near: str | None = None
 
 
+class RanPlan(Record):
+    """The plan as it was run last; the other keys are those of a plan."""
+
+    model_config = ConfigDict(extra="allow")
+
+    teachers: dict[str, Any] = {}
+
+
 class RunRecord(Record):
     """`run.json`: the plan as it was run last, where its dataset shards lie, and by phase which were quarantined."""
 
-    plan: dict[str, Any] = {}
+    plan: RanPlan = RanPlan()
     locations: dict[str, str] = {}
     quarantine: dict[str, dict[str, str]] = {}
 

@@ -18,6 +18,7 @@ from statsvc.digests import crc32c_hex
 from statsvc.storage import open_backend
 from statsvc.storage.backend import ObjectRecord
 from statsvc.store.commits import Commit, Ledger
+from statsvc.store.paths import COPIES
 from statsvc.store.shard_file import ShardWriter
 from tests.support.service import Running
 
@@ -105,7 +106,8 @@ def servable(store: Path) -> dict[str, tuple[bytes, str]]:
     for file in store.rglob("*"):
         path = str(file.relative_to(store))
         record = path.startswith((".statsvc/commits/", ".statsvc/transforms/", ".statsvc/reports/"))
-        if file.is_file() and ".partial-" not in path and (file.name == "zarr.json" or record):
+        private = ".partial-" in path or path.startswith(COPIES)
+        if file.is_file() and not private and (file.name == "zarr.json" or record):
             content = file.read_bytes()
             found[path] = content, f'"{google_crc32c.value(content):08x}"'
     for file in (store / ".statsvc/commits").rglob("*.json"):
