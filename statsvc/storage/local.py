@@ -8,25 +8,22 @@ import mmap
 import os
 import shutil
 import stat
-import uuid
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
 
 from statsvc.errors import DamagedObject, PlanError, StoreError
+from statsvc.storage.atomic_file import PARTIAL, AtomicFile, fsync_folder, make_folder, partial_files, write_atomically
 from statsvc.storage.backend import Fill, ObjectRecord, check_path
 
-PARTIAL = ".partial-"
 KEPT_VERSIONS = 8192
 NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class LocalBackend:
-    """Publishes by writing a partial file, fsync, rename and fsync of the folder."""
+    """Objects appear whole and are durable by AtomicFile."""
 
     concurrency = 1
 
@@ -103,26 +100,21 @@ class LocalBackend:
         return sorted(name for name, link in found if not link or self._leads_inside(f"{folder}/{name}".lstrip("/")))
 
     def write(self, path: str, data: bytes) -> None:
-        upload = self.create(path)
-        try:
-            upload.file.write(data)
-            upload.publish()
-        finally:
-            upload.discard()
+        write_atomically(self._file(path or "."), data)  # the root is no object
 
-    def create(self, path: str) -> LocalUpload:
-        return LocalUpload(self._file(path or "."))  # the root is no object
+    def create(self, path: str) -> AtomicFile:
+        return AtomicFile(self._file(path or "."))
 
     def remove(self, path: str) -> None:
         file = self._file(path)
         if file.is_file():
             file.unlink(missing_ok=True)
-            _fsync_folder(file.parent)
+            fsync_folder(file.parent)
 
     def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
         target = self._file(path)
         if expected is None and data is not None:  # else there must be one: a store that was removed stays away
-            _make_folder(target.parent)
+            make_folder(target.parent)
         try:
             folder = os.open(target.parent, os.O_RDONLY)
         except FileNotFoundError:
@@ -151,19 +143,7 @@ class LocalBackend:
 
     def partials(self) -> Sequence[str]:
         """Sorted paths of what writers have begun, or left behind when they died."""
-        folders, found = deque([self._root]), deque[str]()
-        while folders:
-            try:
-                with os.scandir(folders.pop()) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(entry.path)
-                        elif PARTIAL in entry.name:
-                            found.append(entry.path.removeprefix(f"{self._root}/"))
-            except OSError as error:
-                if error.errno not in NOTHING_THERE:
-                    raise
-        return sorted(found)
+        return sorted(str(path.relative_to(self.root)) for path in partial_files(self.root))
 
     def free_bytes(self) -> int | None:
         existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
@@ -226,40 +206,3 @@ class LocalBackend:
             return True
         root, real = os.path.realpath(self.root), os.path.realpath(self.root / path)
         return Path(real).is_relative_to(root)
-
-
-class LocalUpload:
-    """A partial file beside its target."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        _make_folder(target.parent)
-        self._partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex}")
-        self.file: BinaryIO = self._partial.open("w+b")
-
-    def publish(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self._partial.replace(self._target)
-        _fsync_folder(self._target.parent)
-
-    def discard(self) -> None:
-        self.file.close()
-        self._partial.unlink(missing_ok=True)
-
-
-def _make_folder(folder: Path) -> None:
-    """With the folders above it, on disk when the call returns."""
-    missing = list(takewhile(lambda above: not above.exists(), (folder, *folder.parents)))
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        _fsync_folder(made.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ import numpy as np
 from statsvc.errors import AbsentRow, DiskFull, NotFound, PlanError
 from statsvc.numerics.transform import Transform
 from statsvc.numerics.transform_files import ENCODE
-from statsvc.storage.local import LocalUpload
+from statsvc.storage.atomic_file import AtomicFile
 from statsvc.store.paths import is_raw, transform_path
 from statsvc.store.reader import Store, Targets, Teacher, open_store
 
@@ -179,7 +179,9 @@ def _write_targets(targets: Targets, row_N: np.ndarray, file: Path, space: str, 
     tokens, channels = targets.read(row_N[:1], space).shape[1:]
     nbytes = len(row_N) * (tokens * channels * np.dtype(dtype).itemsize + row_N.itemsize)
     if (free := shutil.disk_usage(file.parent).free) < nbytes:
-        raise DiskFull(f"{nbytes / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free for {file}; free some")
+        raise DiskFull(
+            f"{nbytes / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free for {file}; free some space"
+        )
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
@@ -212,7 +214,7 @@ def _check_target(file: Path, force: bool) -> None:
     if not file.parent.is_dir():
         raise PlanError(f"{file}: there is no folder {file.parent}; make it first")
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise PlanError(f"{file}: user {os.getuid()} may not write in {file.parent}; name another place")
+        raise PlanError(f"{file}: user {os.getuid()} may not write in {file.parent}; choose another location")
 
 
 @contextmanager
@@ -223,20 +225,20 @@ def _writing(*files: Path) -> Iterator[tuple[BinaryIO, ...]]:
     """
     with ExitStack() as undo:
         try:
-            uploads = []
+            written = []
             for file in files:
-                uploads.append(LocalUpload(file))
-                undo.callback(uploads[-1].discard)
-            yield tuple(upload.file for upload in uploads)
-            for file, upload in zip(files, uploads, strict=True):
+                written.append(AtomicFile(file))
+                undo.callback(written[-1].discard)
+            yield tuple(new.file for new in written)
+            for file, new in zip(files, written, strict=True):
                 if file != files[-1]:
                     files[-1].unlink(missing_ok=True)
-                upload.publish()
+                new.publish()
                 undo.callback(file.unlink, missing_ok=True)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise DiskFull(
-                f"the disk is full: {files[-1]} was not written; free some, or name another place"
+                f"the disk is full: {files[-1]} was not written; free some space, or choose another location"
             ) from error
         undo.pop_all()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from statsvc.errors import PlanError, StoreError
-from statsvc.storage.local import LocalBackend
+from statsvc.storage.atomic_file import PARTIAL, AtomicFile, partial_files, write_atomically
 
 CHECKPOINT, REPORT, STUDENT = "checkpoint.pt", "report.json", "student.safetensors"
 
@@ -27,20 +27,20 @@ class Folder:
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             what = "cannot be written" if existing.is_dir() else "is a file"
             raise PlanError(f"out: {str(existing)!r} {what}; name a folder that this user may write to")
-        self._files = LocalBackend(path)
 
     @property
     def is_finished(self) -> bool:
         """Whether report and student are there; the report is written last."""
-        return all(self._files.size(name) is not None for name in (REPORT, STUDENT))
+        return all((self.path / name).is_file() for name in (REPORT, STUDENT))
 
     def read(self, device: torch.device) -> dict[str, Any] | None:
         """The checkpoint, or None where there is none; loaded as tensors and numbers only, never as code.
 
         Raises PlanError where it is another recipe's, naming what differs, and where the folder holds other things.
         """
-        if self._files.size(CHECKPOINT) is None:
-            if found := self._files.list(""):
+        if not (self.path / CHECKPOINT).is_file():
+            there = self.path.iterdir() if self.path.exists() else ()
+            if found := sorted(file.name for file in there if PARTIAL not in file.name):
                 raise PlanError(
                     f"out: {str(self.path)!r} holds {found[0]!r} and no checkpoint; name a new or empty folder"
                 )
@@ -64,19 +64,20 @@ class Folder:
         return state
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
-        upload = self._files.create(CHECKPOINT)
+        new = AtomicFile(self.path / CHECKPOINT)
         try:
-            torch.save({**state, "identity": json.dumps(self._identity, sort_keys=True)}, upload.file)
-            upload.publish()
+            torch.save({**state, "identity": json.dumps(self._identity, sort_keys=True)}, new.file)
+            new.publish()
         finally:
-            upload.discard()
+            new.discard()
 
     def write(self, name: str, data: bytes) -> None:
-        self._files.write(name, data)
+        write_atomically(self.path / name, data)
 
     def sweep(self) -> None:
         """Remove what a process that died left half written."""
-        self._files.sweep()
+        for file in partial_files(self.path):
+            file.unlink(missing_ok=True)
 
 
 def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
