@@ -58,7 +58,7 @@ class Backend(Protocol):
         """
 
     def forget(self, record: ObjectRecord) -> bool:
-        """Forget a copy of an object that turned out to be damaged; whether to read it again may bring other bytes."""
+        """Drop a cached copy found to be damaged. Returns True if reading it again may give different bytes."""
 
     def fetch(self, record: ObjectRecord, begin: int, end: int) -> AbstractContextManager[Fill]:
         """Bytes `begin` to `end` of a committed object, as a function that fills one buffer after the other with them.
@@ -68,7 +68,7 @@ class Backend(Protocol):
         """
 
     def version(self, path: str) -> str | None:
-        """Another one whenever the object at the path was replaced; None where there is none."""
+        """A token that changes whenever the object is replaced; None if there is no object."""
 
     def size(self, path: str) -> int | None:
         """Bytes of the object; None where there is none."""
@@ -85,14 +85,14 @@ class Backend(Protocol):
     def remove(self, path: str) -> None:
         """Remove an object; no error where there is none."""
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
-        """Replace an object (None: no object) if it still is `expected`; False where it is not. Atomic."""
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        """Replace an object if it still is `expected` (None: no object yet); False if it is not. Atomic."""
 
     def sweep(self) -> int:
         """Remove what writers that died left behind; how many objects that were."""
 
     def free_bytes(self) -> int | None:
-        """Space left for new objects; None where there is no limit to speak of."""
+        """Space left for new objects; None if effectively unlimited."""
 
     def check(self) -> None:
         """Raises PlanError where nothing can ever be written at this location."""

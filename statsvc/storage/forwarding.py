@@ -47,7 +47,7 @@ class ForwardingBackend:
     def remove(self, path: str) -> None:
         self._backend.remove(path)
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         return self._backend.swap(path, expected, data)
 
     def sweep(self) -> int:

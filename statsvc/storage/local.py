@@ -111,14 +111,14 @@ class LocalBackend:
             file.unlink(missing_ok=True)
             fsync_folder(file.parent)
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         target = self._file(path)
-        if expected is None and data is not None:  # else there must be one: a store that was removed stays away
+        if expected is None:  # else the folder must be there: a store that was removed is not begun again
             make_folder(target.parent)
         try:
             folder = os.open(target.parent, os.O_RDONLY)
         except FileNotFoundError:
-            return expected is None
+            return False
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # released with the descriptor, also by a process that dies
             try:
@@ -127,10 +127,7 @@ class LocalBackend:
                 current = None
             if current != expected:
                 return False
-            if data is None:
-                self.remove(path)
-            else:
-                self.write(path, data)
+            self.write(path, data)
             return True
         finally:
             os.close(folder)

@@ -16,11 +16,7 @@ from tests.faults.conftest import UNUSABLE, Faults
 from tests.faults.site import Driver, Site
 
 EXPIRED = 3.0
-QUICK: dict[str, float] = {
-    "statsvc.storage.fence.LEASE_SECONDS": EXPIRED,
-    "statsvc.storage.lease.HEARTBEAT_SECONDS": 0.3,
-    "statsvc.storage.lease.WATCH_SECONDS": 1.5,
-}
+QUICK = {"expires": EXPIRED, "heartbeat": 0.3, "watch": 1.5}
 HOURS = 3600.0
 LEASE = ".statsvc/lease.json"
 
@@ -58,13 +54,13 @@ def test_a_clock_that_jumps_by_hours_disturbs_neither_the_run_nor_its_lease(
     line = faults("clock jumps by hours")
     clock = site.folder / "clock"
     clock.write_text("0")
-    with site.started(hold="commit measure 1", clock=str(clock), constants=QUICK) as driver:
+    with site.started(hold="commit measure 1", clock=str(clock), timing=QUICK) as driver:
         driver.wait_until_held()
         for hours in (5, -7):
             clock.write_text(str(hours * HOURS))
             wait_for_beats(site, driver)
             # Another driver, whose clock is right, sees a lease of the future or the past, and a heart that beats.
-            refused = site.run(name="second", constants=QUICK)
+            refused = site.run(name="second", timing=QUICK)
             assert refused.code == 3
             assert f"another driver holds this store: process {driver.process.pid} on " in refused.sentence
             assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", refused.sentence)
@@ -104,14 +100,14 @@ def test_a_driver_that_slept_through_a_takeover_writes_nothing_more(
 ) -> None:
     line = faults("paused driver that wakes up after a takeover")
     hold, whole = PAUSES[pause]
-    with site.started(hold=hold, constants=QUICK) as sleeper:
+    with site.started(hold=hold, timing=QUICK) as sleeper:
         sleeper.wait_until_held()
         if whole:
             sleeper.signal_all(signal.SIGSTOP)
         else:
             sleeper.process.send_signal(signal.SIGSTOP)
         time.sleep(EXPIRED)
-        with site.started(name="second", hold="commit cache 3", constants=QUICK) as other:
+        with site.started(name="second", hold="commit cache 3", timing=QUICK) as other:
             other.wait_until_held()
             # In the middle of the other's work, the first wakes up.
             before = without_lease(site.store)
@@ -130,7 +126,7 @@ def test_a_driver_that_slept_through_a_takeover_writes_nothing_more(
 
 def test_a_driver_that_slept_and_was_not_missed_goes_on(site: Site, undisturbed: Site, faults: Faults) -> None:
     line = faults("paused driver, no takeover")
-    with site.started(hold="commit cache 1", constants=QUICK) as driver:
+    with site.started(hold="commit cache 1", timing=QUICK) as driver:
         driver.wait_until_held()
         driver.signal_all(signal.SIGSTOP)
         time.sleep(2 * EXPIRED)

@@ -17,7 +17,7 @@ from statsvc.integrity.findings import Damage
 from statsvc.integrity.repair import repair, verify_and_repair
 from statsvc.integrity.verify import examine
 from statsvc.progress import Display
-from statsvc.storage.fence import LEASE
+from statsvc.storage.fence import LEASE, RELEASED
 from statsvc.storage.lease import Lease
 from statsvc.storage.local import LocalBackend
 from statsvc.store.paths import COPIES, copy_path, fit_path, is_stored_twice, original_path
@@ -346,7 +346,7 @@ def test_nobody_drives_the_store_while_it_is_looked_at_and_repaired(
     verdict, repaired = verify_and_repair(str(finished.path), pytest.fail)
     assert [found.path for found in verdict.damage] == ["samples/key_hash/c/0/0"]
     assert set(seen) == set(repaired.removed)
-    assert finished.store.backend.size(LEASE) is None
+    assert finished.store.backend.read(LEASE) == RELEASED
 
 
 def test_a_repair_that_loses_its_lease_removes_nothing_more(

@@ -15,8 +15,8 @@ from statsvc.integrity.findings import Damage, Verdict
 from statsvc.integrity.unaccounted import take
 from statsvc.integrity.verify import examine
 from statsvc.storage import open_backend
-from statsvc.storage.fence import LEASE, LEASE_SECONDS
-from statsvc.storage.lease import Lease
+from statsvc.storage.fence import LEASE
+from statsvc.storage.lease import TIMING, Lease
 from statsvc.store.layout import moments_arrays, sample_arrays
 from tests.conftest import Finished
 
@@ -153,7 +153,7 @@ def test_partial_objects_of_a_driver_that_was_killed_are_unfinished_until_the_ne
 ) -> None:
     before = finished.contents()
     paths = [put(finished, f"{path}.partial-77") for path in (".statsvc/run.json", "samples/views/c/1/0", "zarr.json")]
-    (finished.path / LEASE).write_text(json.dumps({"heartbeat": time.time() - 2 * LEASE_SECONDS}))  # as it was left
+    (finished.path / LEASE).write_text(json.dumps({"heartbeat": time.time() - 2 * TIMING.expires}))  # as it was left
     assert verdict(finished)[1:] == ([], paths)
     assert verify(finished) == 0
     assert "0 damaged, 0 foreign, 3 unfinished\n" in capsys.readouterr().out

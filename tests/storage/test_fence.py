@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-import statsvc.storage.fence
 from statsvc.errors import LeaseError, StoreError
 from statsvc.storage.backend import Backend
-from statsvc.storage.fence import BELIEVED_SECONDS, LEASE, LOOK_SECONDS, LOOKS, Fence, FencedBackend
+from statsvc.storage.fence import LEASE, LOOK_SECONDS, LOOKS, RELEASED, TRUSTED_SECONDS, Fence, FencedBackend
 from statsvc.storage.local import LocalBackend
 
 WRITES: dict[str, Callable[[Backend], Any]] = {
@@ -36,9 +35,8 @@ class Slow(LocalBackend):
 
 
 @pytest.fixture
-def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slow:
+def storage(tmp_path: Path) -> Slow:
     storage = Slow(str(tmp_path / "store"))
-    monkeypatch.setattr(statsvc.storage.fence, "boot_time", lambda: storage.now)
     storage.write(LEASE, json.dumps({"token": "ours"}).encode())
     storage.write("object", b"old")
     return storage
@@ -46,7 +44,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slow:
 
 @pytest.fixture
 def fenced(storage: Slow) -> FencedBackend:
-    return FencedBackend(storage, Fence(storage, "ours"))
+    return FencedBackend(storage, Fence(storage, "ours", clock=lambda: storage.now))
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -55,7 +53,7 @@ def test_under_the_lease_everything_is_written(fenced: FencedBackend, name: str)
 
 
 @pytest.mark.parametrize("name", WRITES)
-@pytest.mark.parametrize("content", [b'{"token": "of another"}', b"", b"[]", b"{}", b"null"])
+@pytest.mark.parametrize("content", [b'{"token": "of another"}', b"", b"[]", b"{}", b"null", RELEASED])
 def test_under_another_lease_nothing_is_written(
     storage: Slow, fenced: FencedBackend, name: str, content: bytes, tmp_path: Path
 ) -> None:
@@ -112,7 +110,7 @@ def test_no_look_is_believed_for_longer_than_a_second_after_it_began(
     storage.seconds = seconds
     fenced.write("object", b"1")
     storage.write(LEASE, b'{"token": "of another"}')
-    storage.now += max(BELIEVED_SECONDS - seconds, 0)
+    storage.now += max(TRUSTED_SECONDS - seconds, 0)
     with pytest.raises(LeaseError):
         fenced.write("object", b"2")
 

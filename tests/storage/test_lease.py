@@ -11,20 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-import statsvc.storage.lease
 from statsvc.errors import LeaseError
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
-from statsvc.storage.fence import LEASE, LEASE_SECONDS
-from statsvc.storage.lease import HEARTBEAT_SECONDS, WATCH_SECONDS, Lease, read_lease, start_of, this_machine
+from statsvc.storage.fence import LEASE, RELEASED
+from statsvc.storage.lease import TIMING, Lease, Timing, driven_since, read_lease, start_of, this_machine
 from statsvc.storage.local import LocalBackend
 
+TOMBSTONE = b"statsvc: no object lies here".ljust(1009)  # what earlier versions left in a bucket
 HOLD = """
 import sys
 from statsvc.storage import open_backend
@@ -47,6 +48,11 @@ try:
 except LeaseError:
     print("refused", flush=True)
 """
+
+
+# Of leases that look expired; that a living driver shows in time is tested with longer ones.
+SHORT_WATCH = Timing(watch=0.05, poll=0.01)
+QUICK = replace(SHORT_WATCH, heartbeat=0.02)
 
 
 @pytest.fixture
@@ -75,13 +81,6 @@ def held(storage: Backend, **changes: Any) -> dict[str, Any]:
     return lease
 
 
-@pytest.fixture(autouse=True)
-def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of leases that look expired; that a living driver shows in time is tested with longer ones."""
-    monkeypatch.setattr(statsvc.storage.lease, "WATCH_SECONDS", 0.05)
-    monkeypatch.setattr(statsvc.storage.lease, "POLL_SECONDS", 0.01)
-
-
 def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -89,20 +88,28 @@ def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def test_a_lease_is_there_while_it_is_held_and_gone_afterwards(storage: Backend) -> None:
+def test_a_lease_is_there_while_it_is_held_and_released_afterwards(storage: Backend) -> None:
     assert read_lease(storage) is None
-    with Lease(storage) as lease:
+    with Lease(storage, SHORT_WATCH) as lease:
         content = json.loads(read_lease(storage) or b"")
         assert (content["host"], content["pid"]) == (socket.gethostname(), os.getpid())
         lease.check()
-    assert read_lease(storage) is None
+    assert read_lease(storage) == RELEASED == b'{"released":true}'
+
+
+def test_a_released_lease_is_nobodys(storage: Backend) -> None:
+    storage.write(LEASE, RELEASED)
+    assert driven_since(storage) is None
+    Lease(storage).wait_for_others(pytest.fail)
+    with Lease(storage, replace(SHORT_WATCH, watch=1e6)) as lease:  # nobody is watched
+        lease.check()
 
 
 def test_a_lease_is_given_back_when_the_driver_fails(storage: Backend) -> None:
-    with pytest.raises(RuntimeError), Lease(storage):
+    with pytest.raises(RuntimeError), Lease(storage, SHORT_WATCH):
         raise RuntimeError
-    assert read_lease(storage) is None
-    with Lease(storage):
+    assert read_lease(storage) == RELEASED
+    with Lease(storage, SHORT_WATCH):
         pass
 
 
@@ -111,14 +118,14 @@ def test_a_store_that_another_process_holds_is_refused_with_its_holder(
 ) -> None:
     before = read_lease(storage)
     with pytest.raises(LeaseError, match=r"another driver holds this store: .*wait for it or stop it") as refused:
-        Lease(storage).__enter__()
+        Lease(storage, SHORT_WATCH).__enter__()
     assert f"process {holder.pid} on {socket.gethostname()}" in str(refused.value)
     assert read_lease(storage) == before
 
 
 def test_once_the_holder_is_done_the_next_driver_has_it(storage: Backend, holder: subprocess.Popen[str]) -> None:
     holder.communicate("")
-    with Lease(storage) as lease:
+    with Lease(storage, SHORT_WATCH) as lease:
         lease.check()
 
 
@@ -128,7 +135,7 @@ def test_the_lease_of_a_driver_that_was_killed_is_taken_at_once(
     holder.kill()
     holder.wait()
     assert read_lease(storage) is not None
-    with Lease(storage) as lease:
+    with Lease(storage, SHORT_WATCH) as lease:
         lease.check()
 
 
@@ -139,18 +146,17 @@ def test_a_killed_driver_that_nobody_has_reaped_yet_is_gone_too(
     os.kill(holder.pid, signal.SIGKILL)
     eventually(lambda: start_of(holder.pid) is None)
     assert holder.pid in psutil.pids()
-    with Lease(storage) as lease:
+    with Lease(storage, SHORT_WATCH) as lease:
         lease.check()
 
 
 def test_a_driver_that_stands_still_keeps_its_lease_until_it_expires(
-    storage: Backend, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    storage: Backend, holder: subprocess.Popen[str]
 ) -> None:
     os.kill(holder.pid, signal.SIGSTOP)
     with pytest.raises(LeaseError):
-        Lease(storage).__enter__()
-    monkeypatch.setattr(statsvc.storage.lease, "LEASE_SECONDS", 0.0)
-    with Lease(storage):
+        Lease(storage, SHORT_WATCH).__enter__()
+    with Lease(storage, replace(SHORT_WATCH, expires=0.0)):
         pass
 
 
@@ -162,78 +168,70 @@ def test_it_is_the_very_process_that_began_when_the_lease_says(storage: Backend,
 
 def test_a_process_that_was_given_the_same_number_is_another(storage: Backend) -> None:
     held(storage, started=(start_of(os.getpid()) or 0) - 1)
-    with Lease(storage):
+    with Lease(storage, SHORT_WATCH):
         pass
 
 
 def test_on_another_host_only_the_heartbeat_tells(storage: Backend) -> None:
-    held(storage, host="elsewhere", machine="x", heartbeat=time.time() - LEASE_SECONDS + 5)
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() - TIMING.expires + 5)
     with pytest.raises(LeaseError, match=r"process \d+ on elsewhere, since .*, last heartbeat 5\d s ago"):
-        Lease(storage).__enter__()
-    held(storage, host="elsewhere", machine="x", heartbeat=time.time() - LEASE_SECONDS - 1)
-    with Lease(storage):
+        Lease(storage, SHORT_WATCH).__enter__()
+    held(storage, host="elsewhere", machine="x", heartbeat=time.time() - TIMING.expires - 1)
+    with Lease(storage, SHORT_WATCH):
         pass
 
 
 def test_a_clock_that_runs_ahead_elsewhere_does_not_break_the_lease(storage: Backend) -> None:
     held(storage, host="elsewhere", machine="x", heartbeat=time.time() + 30)
     with pytest.raises(LeaseError, match="last heartbeat 0 s ago"):
-        Lease(storage).__enter__()
+        Lease(storage, SHORT_WATCH).__enter__()
 
 
 @pytest.mark.parametrize("hours", [-5000, -1, 1, 5000])
-def test_a_clock_that_was_set_does_not_cost_a_living_driver_its_lease(
-    storage: Backend, monkeypatch: pytest.MonkeyPatch, hours: int
-) -> None:
-    monkeypatch.setattr(statsvc.storage.lease, "WATCH_SECONDS", 10.0)
+def test_a_clock_that_was_set_does_not_cost_a_living_driver_its_lease(storage: Backend, hours: int) -> None:
     held(storage, host="elsewhere", machine="x", heartbeat=time.time() + hours * 3600, since=time.time())
     change = {"host": "elsewhere", "machine": "x", "heartbeat": time.time() + hours * 3600 + 10}
     beat = threading.Timer(0.1, lambda: held(storage, **change))
     beat.start()
     with pytest.raises(LeaseError, match="another driver holds this store"):
-        Lease(storage).__enter__()
+        Lease(storage, replace(SHORT_WATCH, watch=10.0)).__enter__()
     beat.join()
 
 
 def test_a_clock_that_was_set_does_not_keep_the_lease_of_a_driver_that_is_gone(storage: Backend) -> None:
     held(storage, host="elsewhere", machine="x", heartbeat=time.time() + 1e9)
-    with Lease(storage):
+    with Lease(storage, SHORT_WATCH):
         pass
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"null", b"[]", b"\xff", b'{"host": 1}', b'{"host": "x", "pid": 1, "started": "?"}']
+    "content",
+    [b"", b"{}", b"null", b"[]", b"\xff", b'{"host": 1}', b'{"host": "x", "pid": 1, "started": "?"}', TOMBSTONE],
 )
-def test_what_no_driver_wrote_is_replaced(storage: Backend, content: bytes) -> None:
+def test_an_unreadable_lease_is_replaced(storage: Backend, content: bytes) -> None:
     storage.write(LEASE, content)
-    with Lease(storage) as lease:
+    with Lease(storage, SHORT_WATCH) as lease:
         lease.check()
-    assert read_lease(storage) is None
+    assert read_lease(storage) == RELEASED
 
 
 @pytest.mark.parametrize("change", [{"heartbeat": "now"}, {"pid": "1"}, {"pid": -1}, {"pid": 2**40}])
 def test_a_lease_that_makes_no_sense_is_replaced(storage: Backend, change: dict[str, Any]) -> None:
     held(storage, **change)
-    with Lease(storage):
+    with Lease(storage, SHORT_WATCH):
         pass
 
 
 # --- the heartbeat ---
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statsvc.storage.lease, "HEARTBEAT_SECONDS", 0.02)
-
-
 def test_heartbeats_come_often_enough_to_miss_some() -> None:
-    assert LEASE_SECONDS >= 5 * HEARTBEAT_SECONDS
-    assert WATCH_SECONDS >= 2 * HEARTBEAT_SECONDS
+    assert TIMING.expires >= 5 * TIMING.heartbeat
+    assert TIMING.watch >= 2 * TIMING.heartbeat
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_heartbeat_goes_on_while_the_lease_is_held(storage: Backend) -> None:
-    with Lease(storage):
+    with Lease(storage, QUICK):
         beats = set[float]()
 
         def beat() -> bool:
@@ -241,13 +239,12 @@ def test_the_heartbeat_goes_on_while_the_lease_is_held(storage: Backend) -> None
             return len(beats) > 3
 
         eventually(beat)
-    assert read_lease(storage) is None
+    assert read_lease(storage) == RELEASED
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_driver_whose_lease_was_taken_over_stops_and_leaves_the_new_one_alone(storage: Backend) -> None:
-    with Lease(storage) as lease:
+    with Lease(storage, QUICK) as lease:
         lease.check()
         held(storage, token="of another")
 
@@ -269,16 +266,15 @@ class Unreliable(LocalBackend):
 
     broken = False
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         if self.broken:
             raise OSError(5, "Input/output error")
         return super().swap(path, expected, data)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_storage_that_fails_for_a_moment_does_not_cost_the_lease(tmp_path: Path) -> None:
     storage = Unreliable(str(tmp_path))
-    with Lease(storage) as lease:
+    with Lease(storage, QUICK) as lease:
         storage.broken = True
         time.sleep(0.1)
         lease.check()
@@ -294,21 +290,20 @@ class Late(LocalBackend):
     late: tuple[str, bytes] | None = None
     stalls = False
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         if self.late:
             self.write(*self.late)
             self.late = None
-        if self.stalls and data is not None:
+        if self.stalls and data != RELEASED:
             self.stalls, self.late = False, (path, data)
             raise OSError(110, "no answer in time")
         return super().swap(path, expected, data)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("then_it_ends", [False, True])
 def test_a_beat_that_arrives_after_it_was_given_up_does_not_cost_the_lease(tmp_path: Path, then_it_ends: bool) -> None:
     storage = Late(str(tmp_path))
-    with Lease(storage) as lease:
+    with Lease(storage, QUICK) as lease:
         storage.stalls = True
         eventually(lambda: storage.late is not None or not storage.stalls)
         if not then_it_ends:
@@ -316,16 +311,12 @@ def test_a_beat_that_arrives_after_it_was_given_up_does_not_cost_the_lease(tmp_p
             arrived = read_lease(storage)
             eventually(lambda: read_lease(storage) != arrived)
             lease.check()
-    assert read_lease(storage) is None
+    assert read_lease(storage) == RELEASED
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_storage_that_fails_for_longer_than_a_lease_lasts_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_that_fails_for_longer_than_a_lease_lasts_does(tmp_path: Path) -> None:
     storage = Unreliable(str(tmp_path))
-    monkeypatch.setattr(statsvc.storage.lease, "LEASE_SECONDS", 0.1)
-    lease = Lease(storage)
+    lease = Lease(storage, replace(QUICK, expires=0.1))
     lease.__enter__()
     storage.broken = True
 
@@ -362,7 +353,7 @@ def test_of_many_that_take_over_a_dead_drivers_lease_one_holds_the_store(storage
     barrier, answers, done = threading.Barrier(8), list[str](), threading.Event()
 
     def take() -> None:
-        lease = Lease(storage)
+        lease = Lease(storage, SHORT_WATCH)
         barrier.wait()
         try:
             with lease:
@@ -389,12 +380,11 @@ class TestADriverOfAnotherHost:
         lease = {"token": "x", "host": "elsewhere", "machine": machine, "pid": pid, "started": 5, "since": now}
         return json.dumps({**lease, "heartbeat": now - age}).encode()
 
-    def test_is_waited_for_until_its_lease_expires(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(statsvc.storage.lease, "LEASE_SECONDS", 0.3)
+    def test_is_waited_for_until_its_lease_expires(self, storage: Backend) -> None:
         storage.write(LEASE, self.held())
         told: list[str] = []
         begun = time.monotonic()
-        Lease(storage).wait_for_others(told.append)
+        Lease(storage, replace(SHORT_WATCH, expires=0.3)).wait_for_others(told.append)
         assert time.monotonic() - begun > 0.2
         assert len(told) == 1
         assert "elsewhere" in told[0]
@@ -404,28 +394,27 @@ class TestADriverOfAnotherHost:
         beat = threading.Timer(0.1, lambda: storage.write(LEASE, self.held()))
         beat.start()
         with pytest.raises(LeaseError, match="elsewhere"):
-            Lease(storage).wait_for_others(lambda _: None)
+            Lease(storage, SHORT_WATCH).wait_for_others(lambda _: None)
         beat.join()
 
     def test_makes_way_when_it_ends(self, storage: Backend) -> None:
         storage.write(LEASE, self.held())
-        end = threading.Timer(0.1, lambda: storage.remove(LEASE))
+        end = threading.Timer(0.1, lambda: storage.write(LEASE, RELEASED))
         end.start()
-        Lease(storage).wait_for_others(lambda _: None)
+        Lease(storage, SHORT_WATCH).wait_for_others(lambda _: None)
         end.join()
 
     def test_nobody_waits_for_a_driver_of_this_host(self, storage: Backend, holder: subprocess.Popen[str]) -> None:
         assert holder.poll() is None
         with pytest.raises(LeaseError, match="another driver holds"):
-            Lease(storage).wait_for_others(pytest.fail)
+            Lease(storage, SHORT_WATCH).wait_for_others(pytest.fail)
         storage.write(LEASE, self.held(machine=this_machine(), pid=2**22))  # a process that never was
-        Lease(storage).wait_for_others(pytest.fail)
+        Lease(storage, SHORT_WATCH).wait_for_others(pytest.fail)
 
-    def test_is_not_waited_for_twice(self, storage: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(statsvc.storage.lease, "LEASE_SECONDS", 0.3)
+    def test_is_waited_for_only_once(self, storage: Backend) -> None:
         storage.write(LEASE, self.held())
-        lease = Lease(storage)
+        lease = Lease(storage, replace(SHORT_WATCH, expires=0.3))
         lease.wait_for_others(lambda _: None)
-        monkeypatch.setattr(statsvc.storage.lease, "WATCH_SECONDS", 1e6)
+        lease._timing = replace(SHORT_WATCH, expires=0.3, watch=1e6)
         with lease:
             lease.check()

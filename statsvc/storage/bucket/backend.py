@@ -20,10 +20,6 @@ from statsvc.storage.bucket.transfers import ObjectUpload, Ranges
 
 CHECKS = 4  # of a storage that does not answer, before the plan is to blame
 SWAP_SECONDS = 45.0  # in which a swap is tried again: after one stall, and before a lease would expire
-# An object that was removed by a swap: readers take it for none. S3 removes nothing on a condition, so a DELETE could
-# hit what another process put there a moment ago; a PUT on the condition that the ETag is still the same cannot. Its
-# size is one that other objects seldom have, so that hardly any has to be read to know it.
-REMOVED = b"statsvc: no object lies here".ljust(1009)
 
 
 class ObjectBackend:
@@ -46,10 +42,9 @@ class ObjectBackend:
 
     def read(self, path: str) -> bytes:
         check_path(path)
-        data, _ = self._current(path, self._patient)
-        if data is None:
-            raise FileNotFoundError(2, "no object lies there", path)
-        return data
+        if not path:
+            raise FileNotFoundError(2, "no such object", path)
+        return self._patient.get(path)[0]
 
     def view(self, path: str, record: ObjectRecord | None = None) -> None:
         del record
@@ -75,18 +70,17 @@ class ObjectBackend:
             ranges.close()
 
     def version(self, path: str) -> str | None:
-        meta = self._head(path, self._patient)
+        meta = _head(self._patient, path)
         return meta.name if meta else None
 
     def size(self, path: str) -> int | None:
-        meta = self._head(path, self._patient)
+        meta = _head(self._patient, path)
         return meta.size if meta else None
 
     def list(self, folder: str) -> list[str]:
         check_path(folder)
         folders, objects = self._patient.list(folder)
-        names = {name for name, size in objects if size != len(REMOVED) or self.size(f"{folder}/{name}".lstrip("/"))}
-        return sorted(names | set(folders))
+        return sorted({*folders, *(name for name, _ in objects)})
 
     def write(self, path: str, data: bytes) -> None:
         _check_object(path)
@@ -101,21 +95,19 @@ class ObjectBackend:
         with suppress(FileNotFoundError):
             self._patient.delete(path)
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
-        """Where an answer is lost, the object tells whether it was swapped: no two swappers write the same bytes.
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        """If a response is lost, the object itself tells whether it was swapped.
 
-        It cannot tell once it was swapped again, by one who saw our bytes: then the answer is False.
+        It cannot tell once somebody who saw our bytes swapped it again: then the answer is False.
         """
         _check_object(path)
         end, pause, unsure = time.monotonic() + SWAP_SECONDS, 0.1, False
         while True:
             try:
-                now, meta = self._current(path, self._quick)
+                now, meta = _current(self._quick, path)
                 if now != expected:
                     return unsure and now == data
-                if now is None and data is None:
-                    return True
-                self._quick.replace(path, REMOVED if data is None else data, meta)
+                self._quick.replace(path, data, meta)
                 return True
             except Changed:  # by another one, so it is looked at again
                 pass
@@ -159,10 +151,10 @@ class ObjectBackend:
 
     def exists(self) -> bool:
         try:
-            return self._head("zarr.json", self._quick) is not None
+            return _head(self._quick, "zarr.json") is not None
         except Lost:  # once more, and no longer: somebody may wait who mistyped an address
             time.sleep(0.5)
-            return self._head("zarr.json", self._quick) is not None
+            return _head(self._quick, "zarr.json") is not None
 
     @property
     def _patient(self) -> Client:
@@ -180,25 +172,21 @@ class ObjectBackend:
             self._process = os.getpid()
         return self._kept[-1]
 
-    def _current(self, path: str, client: Client) -> tuple[bytes | None, Meta | None]:
-        """What lies at a path; None for no object, but what stands in its place has a Meta."""
-        if not path:
-            return None, None
-        try:
-            data, meta = client.get(path)
-        except FileNotFoundError:
-            return None, None
-        return None if data == REMOVED else data, meta
 
-    def _head(self, path: str, client: Client) -> Meta | None:
-        check_path(path)
-        if not path:
-            return None
-        try:
-            meta = client.head(path)
-        except FileNotFoundError:
-            return None
-        return None if meta.size == len(REMOVED) and self._current(path, client)[0] is None else meta
+def _current(client: Client, path: str) -> tuple[bytes | None, Meta | None]:
+    """The object at a path and its version; None for no object."""
+    try:
+        return client.get(path)
+    except FileNotFoundError:
+        return None, None
+
+
+def _head(client: Client, path: str) -> Meta | None:
+    check_path(path)
+    try:
+        return client.head(path) if path else None
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

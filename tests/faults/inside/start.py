@@ -6,6 +6,7 @@ variable FAULT_SETTINGS, in JSON:
                feature shard, or writes its N-th batch of rows
     folder     there `reached` is made by whoever comes to that place, who then waits for `go`
     clock      a file with the seconds by which the clock on the wall is off
+    timing     other values for the seconds of statsvc.storage.lease.Timing
     constants  other values for constants of modules, in the order in which those are to be imported
 """
 
@@ -54,6 +55,12 @@ def set_constants(constants: dict[str, float]) -> None:
         setattr(importlib.import_module(module), constant, value)
 
 
+def set_timing(timing: dict[str, float]) -> None:
+    from statsvc.storage import lease
+
+    lease.TIMING = lease.Timing(**timing)
+
+
 def set_hold(place: str, *which: str) -> None:
     from statsvc.store import commits, shard_file
 
@@ -80,6 +87,8 @@ def set_hold(place: str, *which: str) -> None:
 if "clock" in FAULTS:
     time.time = shifted
 set_constants(FAULTS.get("constants", {}))
+if "timing" in FAULTS:
+    set_timing(FAULTS["timing"])
 if "hold" in FAULTS:
     set_hold(*FAULTS["hold"].split())
 

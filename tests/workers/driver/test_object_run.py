@@ -22,6 +22,7 @@ from statsvc.cli import cli
 from statsvc.progress import Display
 from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
+from statsvc.storage.fence import LEASE, RELEASED
 from statsvc.student import TargetDataset
 from tests.conftest import PRESENT, Finished, plan_for
 from tests.support.plans import TINY_SIGLIP, write_plan
@@ -63,10 +64,10 @@ def test_a_plan_gives_the_same_bytes_as_in_a_folder(finished: Finished, dinov2: 
     assert contents(storage) == {
         path: data for path, data in finished.contents().items() if Path(path).name not in THEIRS
     }
-    assert storage.size(".statsvc/lease.json") is None
-    before = {path: storage.version(path) for path in contents(storage)}
+    assert storage.read(LEASE) == RELEASED
+    before = {path: storage.version(path) for path in (LEASE, *contents(storage))}
     assert workers.driver.run.run(plan, Display()) == 0
-    assert before == {path: storage.version(path) for path in contents(storage)}  # nothing was left to do
+    assert before == {path: storage.version(path) for path in (LEASE, *contents(storage))}  # nothing was left to do
 
 
 def test_the_commands_take_a_bucket_for_a_store(finished: Finished, s3_store: str, tmp_path: Path) -> None:

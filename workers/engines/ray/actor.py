@@ -11,7 +11,8 @@ from importlib.metadata import version
 
 from statsvc.errors import PlanError
 from statsvc.storage import open_backend
-from statsvc.storage.fence import LEASE
+from statsvc.storage.fence import RELEASED
+from statsvc.storage.lease import read_lease
 from workers.teachers import resolve
 from workers.teachers.base import Resolved
 from workers.unit.job import Unit
@@ -84,7 +85,8 @@ class Actor:
         """Whether the store is the driver's: a path may name another folder on every machine."""
         deadline = time.monotonic() + SEEN_SECONDS
         while not self._sees_store:
-            self._sees_store = self._store.size(LEASE) is not None
+            # One that is released was left by an earlier run, in this store or in another folder of that name.
+            self._sees_store = read_lease(self._store) not in (None, RELEASED)
             if not self._sees_store:
                 if time.monotonic() > deadline:
                     return False
