@@ -13,7 +13,7 @@ from statsvc.storage.backend import Backend, Upload
 from statsvc.storage.forwarding import ForwardingBackend
 
 LEASE = ".statsvc/lease.json"
-# The lease once its driver has ended. It is never removed: object storage has no conditional DELETE, and a plain one could
+# The lease once its driver has ended. It is never removed: object storage has no conditional DELETE, a plain one could
 # hit what another driver put there a moment ago. The same bytes for everyone, so that stores can be compared.
 RELEASED = canonical_json({"released": True})
 SHARE = 0.05  # of the time may go into reading the lease, where that takes long

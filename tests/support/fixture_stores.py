@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import statsvc
+from statsvc.storage.fence import LEASE
 
 FOLDER = Path(__file__).parents[1] / "fixtures"
 ARCHIVES = FOLDER / "stores"
@@ -33,11 +34,11 @@ def unpack(kind: str, folder: Path) -> Path:
 
 
 def objects_of(store: Path) -> dict[str, str]:
-    """sha256 of every object of a store by path, but of the record of the run."""
+    """sha256 of every object of a store by path, without the record of the run and the lease."""
     return {
         str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(store.rglob("*"))
-        if path.is_file() and str(path.relative_to(store)) != RUN
+        if path.is_file() and str(path.relative_to(store)) not in (RUN, LEASE)
     }
 
 
