@@ -172,8 +172,8 @@ def test_what_stays_lost_says_what_happened(s3_proxy: FaultyProxy, put: Callable
     s3_proxy.fail(Fault("status", 503), float("inf"))
     message = refusal(location)
     assert message.startswith(f"{location} cannot be read: ")
-    assert "the server answers 503" in message
-    assert "see whether the storage at" in message
+    assert "status code: 503" in message
+    assert "check that the storage at" in message
     assert KEY not in message
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -258,10 +259,10 @@ def test_an_upload_whose_end_was_reached_is_published_though_the_answer_broke_of
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        (Fault("status", 503), r"the server answers 503 .*SlowDown"),
-        (Fault("reset"), "the connection was lost"),
-        (Fault("stall", 30), "no answer in time"),
-        (Fault("truncate"), "the answer broke off"),
+        (Fault("status", 503), r".* status code: 503 Service Unavailable$"),
+        (Fault("reset"), r".* HTTP error: error sending request \(\w+\)$"),
+        (Fault("stall", 30), r".* HTTP error: error sending request \(Timeout\)$"),
+        (Fault("truncate"), r".* HTTP error: .* \(\w+\)$"),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else "",
 )
@@ -276,10 +277,9 @@ def test_what_fails_for_good_says_where_what_and_what_to_do(
         lambda: fetched(storage, "a/object", b"0123456789"),
         lambda: storage.swap("a/object", b"0123456789", b"1"),
     ):
-        with pytest.raises(
-            StoreError, match=rf"^s3://.*/store: a/object: {why}.*; see whether the storage at"
-        ) as error:
+        with pytest.raises(StoreError, match=r"^s3://.*/store: a/object: .*; check that the storage at") as error:
             use()
+        assert re.match(why, str(error.value).partition("; check")[0])
         assert_tells_no_secret(error)
 
 
@@ -290,7 +290,7 @@ def test_what_is_refused_is_not_asked_for_again(
     refused = open_backend(location_of(storage))
     for use in (lambda: refused.read("object"), lambda: refused.list(""), lambda: refused.write("object", b"1")):
         s3_proxy.requests.clear()
-        with pytest.raises(StoreError, match=r"refuses these credentials: the server answers 403") as error:
+        with pytest.raises(StoreError, match=r"refuses these credentials: .* status code: 403") as error:
             use()
         assert_tells_no_secret(error)
         assert len(s3_proxy.requests) == 1
@@ -421,7 +421,7 @@ def test_folders_that_a_console_makes_are_no_objects(s3_store: str, s3: S3Server
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "host", "http://", "ftp://host", "http:///x"])
 def test_an_endpoint_that_is_none_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(PlanError, match=r"AWS_ENDPOINT_URL: .* is no endpoint; it looks like https://host"):
+    with pytest.raises(PlanError, match=r"AWS_ENDPOINT_URL: .* is not a valid endpoint; it looks like https://host"):
         open_backend("s3://bucket/prefix").exists()
 
 

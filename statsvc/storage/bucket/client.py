@@ -1,4 +1,4 @@
-"""One bucket, and what goes wrong with it said in our words. obstore makes the requests.
+"""One bucket, through obstore, with its errors sorted into a few of ours.
 
 It tries again by itself, with growing pauses, where a request may be sent twice; what is left here for whoever calls
 is Changed and FileNotFoundError, which mean something, and StoreError, which is for good.
@@ -41,8 +41,6 @@ RETRIES, RETRY_SECONDS = 8, 90  # of one request; no new attempt begins after so
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 10.0
 PART_NBYTES = 8 << 20  # S3 wants 5 MiB at least, and has 10,000 parts: 80 GB
 PARTS_AT_ONCE = 4
-
-NO_NAME = "its name cannot be resolved"
 
 T = TypeVar("T")
 
@@ -206,22 +204,19 @@ class Client:
         at = f" at {shown_endpoint(self._endpoint)}" if self._endpoint else ""
         if "NoSuchBucket" in text:
             return StoreError(f"{where}: there is no bucket {self.bucket!r}{at}; make it, or check the location")
-        if "169.254.169.254" in text or "metadata.google" in text:
+        if "169.254.169.254" in text or "metadata.google" in text:  # the machine's own role was asked for last
             return StoreError(f"{where}: no credentials were found; set {CREDENTIALS[self.kind]}")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
             return StoreError(
                 f"{where}: the storage{at} refuses these credentials: {why}; check {CREDENTIALS[self.kind]}, and that "
                 "they may read, write and list there"
             )
-        if why == NO_NAME and not self._endpoint and self.kind == "s3":
-            why += ", and AWS_ENDPOINT_URL is not set, which a bucket outside of AWS needs"
         if status is None or status >= 500 or status in (408, 429):
-            tries = re.search(r"after ([0-9]{1,4}) retries", text)
-            times = f", {int(tries[1]) + 1} times" if tries else ""
-            lost = Lost(f"{where}: {why}{times}; see whether the storage{at} is well and can be reached, then go on")
-            lost.final = tries is not None
+            needed = "" if at or self.kind != "s3" else "; a bucket outside of AWS needs AWS_ENDPOINT_URL"
+            lost = Lost(f"{where}: {why}; check that the storage{at} is up and can be reached{needed}, then run again")
+            lost.final = " retries, max_retries" in text
             return lost
-        return StoreError(f"{where}: {why}; does the storage{at} know this request?")
+        return StoreError(f"{where}: {why}; check that the storage{at} supports this request")
 
 
 def split(location: str) -> tuple[str, str, str]:
@@ -234,8 +229,8 @@ def split(location: str) -> tuple[str, str, str]:
     if is_signed or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket) or {"", ".", ".."} & set(parts):
         seen = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", location)[0])
         raise PlanError(
-            f"store {seen!r} is no location; it looks like {scheme}://bucket/prefix, and its credentials stand in the "
-            "environment"
+            f"store {seen!r} is not a valid location; it looks like {scheme}://bucket/prefix, and its credentials are "
+            "in the environment"
         )
     return scheme.lower(), bucket, "/".join(parts)
 
@@ -248,7 +243,7 @@ def _endpoint() -> str | None:
         endpoint = os.environ.get(name)
         if endpoint and not re.match(r"https?://[^/\s]", endpoint, re.IGNORECASE):
             raise PlanError(
-                f"{name}: {shown_endpoint(endpoint)!r} is no endpoint; it looks like https://host or http://host:port"
+                f"{name}: {shown_endpoint(endpoint)!r} is not a valid endpoint; it looks like https://host or http://host:port"
             )
         if endpoint:
             return endpoint
@@ -270,19 +265,9 @@ def _status(error: Exception) -> int | None:
 
 
 def _why(error: Exception) -> str:
-    """In a few words, and never with a URL: it may hold a secret."""
+    """obstore's own first line, without URLs and the body of the response: both may hold secrets."""
     text = str(error)
-    answer, code = re.search(r"status code: ([0-9]{3}(?: [A-Z][A-Za-z ]*)?)", text), re.search(r"<Code>(\w+)<", text)
-    if answer:
-        return f"the server answers {answer[1].strip()}" + (f" ({code[1]})" if code else "")
-    for sign, why in (
-        (r"timed out|TimedOut|deadline", "no answer in time"),
-        (r"Connection refused", "connection refused"),
-        (r"dns error|failed to lookup", NO_NAME),
-        (r"certificate", "its certificate is not trusted"),
-        (r"body error|message length|IncompleteMessage", "the answer broke off"),
-        (r"reset by peer|BrokenPipe|error sending request|connection", "the connection was lost"),
-    ):
-        if re.search(sign, text, re.IGNORECASE):
-            return why
-    return re.sub(r"\S+://\S+", "...", text.partition("\n")[0])[:200] or type(error).__name__
+    line = re.sub(r"(status code: [0-9]{3}[^:]*):.*", r"\1", text.partition("\n")[0])
+    kind = re.search(r"HttpError {\s+kind: (\w+)", text)  # such as Timeout or Connect, which that line does not tell
+    line = re.sub(r"\S+://\S+", "...", line).strip() + (f" ({kind[1]})" if kind else "")
+    return line or type(error).__name__
