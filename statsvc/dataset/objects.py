@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import logging
-import os
 from fnmatch import fnmatchcase
+from functools import cache
 
 from statsvc.dataset.urls import shown
 from statsvc.errors import PlanError, StoreError, UnreadableShard
 from statsvc.storage.bucket.client import Changed, Client, split
 from statsvc.storage.bucket.forked import connect
 from statsvc.storage.bucket.transfers import Ranges
+from statsvc.storage.per_process import PerProcess
 
 log = logging.getLogger("statsvc")
 
@@ -86,13 +86,15 @@ def matching(pattern: str) -> list[tuple[str, int]]:
 
 def _client_and_path(url: str, retry_seconds: float | None = None) -> tuple[Client, str]:
     scheme, bucket, path = split(url)
-    return _client(f"{scheme}://{bucket}", retry_seconds, os.getpid()), path
+    location = f"{scheme}://{bucket}"
+    return _clients(location, retry_seconds).get(lambda: connect(location, retry_seconds)), path
 
 
-@functools.cache
-def _client(location: str, retry_seconds: float | None, _process: int) -> Client:
+@cache
+def _clients(location: str, retry_seconds: float | None) -> PerProcess[Client]:
     """One for all dataset shards of a bucket: it keeps connections and credentials."""
-    return connect(location, retry_seconds)
+    del location, retry_seconds  # the key
+    return PerProcess()
 
 
 def _unreadable(error: Exception) -> UnreadableShard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,11 +17,19 @@ from statsvc.errors import DamagedObject
 from statsvc.storage.backend import Backend, Fill, ObjectRecord
 from statsvc.storage.disk_cache import DiskCache
 from statsvc.storage.forwarding import ForwardingBackend
+from statsvc.storage.per_process import PerProcess
 
 log = logging.getLogger("statsvc")
 
 BLOCK_NBYTES = 256 << 10  # received, summed and written while it is in the processor's cache
 THREADS = 2  # that fetch ahead
+
+
+class _Queue:
+    """What is to be fetched ahead, and the number of threads that do so."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.next = threading.Lock(), 0, deque[ObjectRecord]()
 
 
 class CachedBackend(ForwardingBackend):
@@ -35,8 +42,7 @@ class CachedBackend(ForwardingBackend):
 
     def __init__(self, backend: Backend, cache: DiskCache, location: str) -> None:
         super().__init__(backend)
-        self._cache, self._location = cache, location
-        self._begin()
+        self._cache, self._location, self._queue = cache, location, PerProcess[_Queue]()
 
     def __reduce__(self) -> tuple[type[CachedBackend], tuple[Backend, DiskCache, str]]:
         return CachedBackend, (self._backend, self._cache, self._location)
@@ -50,19 +56,17 @@ class CachedBackend(ForwardingBackend):
         Of their sum, half the cache at most: more would push out what is not read yet. Never raises: what goes wrong
         here goes wrong again, and is raised, where the object is read.
         """
-        if self._process != os.getpid():  # threads stay behind where a process forks
-            self._begin()
-        room = self._cache.limit_nbytes // 2
-        with self._lock:
-            self._next.clear()
+        room, queue = self._cache.limit_nbytes // 2, self._queue.get(_Queue)
+        with queue.lock:
+            queue.next.clear()
             for record in records:
                 room -= record.bytes
                 if room < 0:
                     break
-                self._next.append(record)
-            for _ in range(min(THREADS - self._threads, len(self._next))):
-                threading.Thread(target=self._work, name="statsvc-prefetch", daemon=True).start()
-                self._threads += 1
+                queue.next.append(record)
+            for _ in range(min(THREADS - queue.threads, len(queue.next))):
+                threading.Thread(target=self._work, args=(queue,), name="statsvc-prefetch", daemon=True).start()
+                queue.threads += 1
 
     def view(self, path: str, record: ObjectRecord | None = None) -> memoryview | None:
         if record is None:
@@ -90,17 +94,13 @@ class CachedBackend(ForwardingBackend):
         self._cache.discard(self._name(record))
         return True
 
-    def _begin(self) -> None:
-        self._process, self._lock, self._threads = os.getpid(), threading.Lock(), 0
-        self._next: deque[ObjectRecord] = deque()
-
-    def _work(self) -> None:
+    def _work(self, queue: _Queue) -> None:
         while True:
-            with self._lock:
-                if not self._next:
-                    self._threads -= 1
+            with queue.lock:
+                if not queue.next:
+                    queue.threads -= 1
                     return
-                record = self._next.popleft()
+                record = queue.next.popleft()
             try:
                 self.view(record.path, record)
             except Exception as error:

@@ -50,7 +50,7 @@ sys.exit(os.waitpid(pid, 0)[1])
 @pytest.fixture
 def folder(s3_store: str) -> str:
     """A folder of a bucket."""
-    objects._client.cache_clear()  # what it keeps for good is the environment of another test
+    objects._clients.cache_clear()  # what it keeps for good is the environment of another test
     return s3_store.rpartition("/")[0]
 
 
@@ -133,11 +133,11 @@ def test_what_is_no_object_of_a_bucket_is_refused_without_its_secrets(pattern: s
 
 @pytest.mark.usefixtures("s3")
 def test_a_bucket_that_cannot_be_listed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    objects._client.cache_clear()
+    objects._clients.cache_clear()
     with pytest.raises(PlanError, match=r"data\.shards: s3://no-such-bucket.*: there is no bucket"):
         named("s3://no-such-bucket/*.tar")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
-    objects._client.cache_clear()
+    objects._clients.cache_clear()
     with pytest.raises(PlanError, match=r"data\.shards: s3://shards.*refuses these credentials") as refused:
         named("s3://shards/x/*.tar")
     assert SECRET not in str(refused.value)

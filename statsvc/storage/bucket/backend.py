@@ -6,7 +6,6 @@ is being produced. Storages of these kinds show an object to everyone once its w
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from statsvc.storage.backend import Fill, ObjectRecord, check_path
 from statsvc.storage.bucket.client import Changed, Client, Lost, Meta, split
 from statsvc.storage.bucket.forked import connect
 from statsvc.storage.bucket.transfers import ObjectUpload, Ranges
+from statsvc.storage.per_process import PerProcess
 
 CHECKS = 4  # of a storage that does not answer, before the plan is to blame
 SWAP_SECONDS = 45.0  # in which a swap is tried again: after one stall, and before a lease would expire
@@ -32,7 +32,7 @@ class ObjectBackend:
         """Raises PlanError for a location that is none. Credentials and endpoint are those of the environment."""
         split(location)
         self._location = location.rstrip("/")
-        self._process, self._kept = -1, list[tuple[Client, Client]]()
+        self._clients = PerProcess[tuple[Client, Client]]()
 
     def __repr__(self) -> str:
         return f"ObjectBackend({self._location!r})"
@@ -156,21 +156,17 @@ class ObjectBackend:
             time.sleep(0.5)
             return _head(self._quick, "zarr.json") is not None
 
+    def _connect(self) -> tuple[Client, Client]:
+        return connect(self._location, self.retry_seconds), connect(self._location, 0.0)
+
     @property
     def _patient(self) -> Client:
-        return self._clients()[0]
+        return self._clients.get(self._connect)[0]
 
     @property
     def _quick(self) -> Client:
         """Sends every request once: of one that is sent twice, the answer does not tell who changed the object."""
-        return self._clients()[1]
-
-    def _clients(self) -> tuple[Client, Client]:
-        if self._process != os.getpid():
-            # The parent's are kept, and not touched: what becomes of them in a forked process is not known.
-            self._kept.append((connect(self._location, self.retry_seconds), connect(self._location, 0.0)))
-            self._process = os.getpid()
-        return self._kept[-1]
+        return self._clients.get(self._connect)[1]
 
 
 def _current(client: Client, path: str) -> tuple[bytes | None, Meta | None]:

@@ -11,7 +11,6 @@ Suffixes: B = rows of a batch, T = tokens, k = channels of a target, S = side of
 
 from __future__ import annotations
 
-import os
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from statsvc.dataset.decode import Resize
 from statsvc.digests import canonical_json, sha256
 from statsvc.errors import PlanError
 from statsvc.plan import Data
+from statsvc.storage.per_process import PerProcess
 from statsvc.store.reader import Store, Targets
 from statsvc.student.data.arguments import data_of, names_of, rank_of, shard_numbers, whole_number
 from statsvc.student.data.batches import Reader, Wish
@@ -134,7 +134,8 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             "dataset_shards": sha256(canonical_json(self._census.shards), self._census.count_S)[:16],
             **{name: getattr(self._order, name) for name in OF_ORDER},
         }
-        self._reader: tuple[int, Reader] | None = (os.getpid(), self._read_with(opened, targets))
+        self._reader = PerProcess[Reader]()
+        self._reader.get(lambda: self._read_with(opened, targets))
         weakref.finalize(self, forget, self._id)
 
     @property
@@ -231,10 +232,11 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
 
     def _opened(self) -> Reader:
         """What this process reads with: connections, threads and files do not pass a fork."""
-        if self._reader is None or self._reader[0] != os.getpid():
-            opened = self._location.open(known=True)
-            self._reader = os.getpid(), self._read_with(opened, self._chosen.targets(opened))
-        return self._reader[1]
+        return self._reader.get(self._open_reader)
+
+    def _open_reader(self) -> Reader:
+        opened = self._location.open(known=True)
+        return self._read_with(opened, self._chosen.targets(opened))
 
     def _read_with(self, store: Store, targets: dict[str, dict[str, Targets]]) -> Reader:
         images = None
@@ -242,6 +244,3 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             images = Images(store, self._data, self._location.fetch_tar, self._pixels)
             images.check(self._census.shards)
         return Reader(store, targets, self._census, self._wish, images)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}
