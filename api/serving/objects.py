@@ -13,10 +13,11 @@ import math
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, cast
+
+from cachetools import LRUCache
 
 from api.state.live_store import LiveStore
 from api.state.remote import RemoteBackend
@@ -112,7 +113,7 @@ class Objects:
     def __init__(self, live: LiveStore) -> None:
         self._live = live
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: LRUCache[str, _Kept] = LRUCache(KEPT)
 
     @property
     def is_remote(self) -> bool:
@@ -129,13 +130,12 @@ class Objects:
         if found is None:
             return None
         changed = any(self._live.backend.version(seen) != version for seen, version in found.versions)
+        if not changed:
+            return found.readable
         with self._lock:
             if self._kept.get(path) is found:
-                if changed:
-                    del self._kept[path]
-                else:
-                    self._kept.move_to_end(path)
-        return None if changed else found.readable
+                del self._kept[path]
+        return None
 
     def open(self, path: str) -> Readable | Remote:
         """An object, kept or opened now.
@@ -202,9 +202,6 @@ class Objects:
     def _keep(self, kept: _Kept) -> Readable | Remote:
         with self._lock:
             self._kept[kept.readable.path] = kept
-            self._kept.move_to_end(kept.readable.path)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
         return kept.readable
 
 

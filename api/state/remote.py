@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from cachetools import TTLCache
 
 from api.errors import StorageFailed, StorageRefused
 from statsvc.errors import AbsentRow, DamagedObject, NotAStore, PlanError, StoreError, WrongRows
@@ -35,24 +35,18 @@ class RemoteBackend:
             backend.retry_seconds = RETRY_SECONDS
         self._backend = backend
         self._lock = threading.Lock()
-        self._versions: OrderedDict[str, tuple[float, str | None]] = OrderedDict()  # and when they were seen
+        self._versions: TTLCache[str, str | None] = TTLCache(KEPT_VERSIONS, FRESH_SECONDS)
 
     @property
     def concurrency(self) -> int:
         return self._backend.concurrency
 
     def version(self, path: str) -> str | None:
-        now = time.monotonic()
-        with self._lock:
-            seen, version = self._versions.get(path, (-FRESH_SECONDS, None))
-        if now - seen < FRESH_SECONDS:
-            return version
+        with self._lock, suppress(KeyError):
+            return self._versions[path]
         version = self.version_now(path)
         with self._lock:
-            self._versions[path] = now, version
-            self._versions.move_to_end(path)
-            while len(self._versions) > KEPT_VERSIONS:
-                self._versions.popitem(last=False)
+            self._versions[path] = version
         return version
 
     def version_now(self, path: str) -> str | None:

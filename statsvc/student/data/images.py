@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from statsvc.dataset.decode import Resize, Undecodable, decode, render
@@ -97,7 +98,10 @@ class Images:
         self._store, self._fetch, self._kind = store, fetch, store.views.get("kind", "center")
         self._extensions = data.images
         self._locations: dict[str, Location] = {shard.name: shard.location for shard in expand(data)}
-        self._indexed: dict[int, IndexedShard] = {}
+        # One with more samples than that is kept alone.
+        self._indexed: LRUCache[int, IndexedShard] = LRUCache(
+            KEPT_SAMPLES, getsizeof=lambda shard: min(len(shard.keys), KEPT_SAMPLES)
+        )
 
     def check(self, shards: list[int]) -> None:
         """Raises NotFound where a dataset shard of the store is named nowhere."""
@@ -134,11 +138,7 @@ class Images:
         """A dataset shard, read through once. Raises ShardChanged unless it is the one that was indexed."""
         if shard not in self._indexed:
             self._indexed[shard] = self._read_through(shard)
-            while len(self._indexed) > 1 and sum(len(kept.keys) for kept in self._indexed.values()) > KEPT_SAMPLES:
-                del self._indexed[next(iter(self._indexed))]
-        found = self._indexed.pop(shard)
-        self._indexed[shard] = found  # the last to go
-        return found
+        return self._indexed[shard]
 
     def _read_through(self, shard: int) -> IndexedShard:
         commit = self._store.ledger.read("index", shard)
