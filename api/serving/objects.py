@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from cachetools import LRUCache
 
@@ -118,7 +118,7 @@ class Objects:
     @property
     def is_remote(self) -> bool:
         """Whether the store is on storage that cannot be mapped."""
-        return self._live.is_remote
+        return self._live.remote is not None
 
     def kept(self, path: str) -> Readable | Remote | None:
         """An object that was opened before and still is the one that lies there.
@@ -160,15 +160,15 @@ class Objects:
                 raise absent(path) from error
             media_type = "application/octet-stream" if path.endswith(".safetensors") else "application/json"
             readable = Readable(path, content, f'"{crc32c_hex(crc32c(content))}"', media_type)
-            if self._live.is_remote and len(content) > HELD_NBYTES:
+            if self.is_remote and len(content) > HELD_NBYTES:
                 return readable  # which is not mapped, and so is not held either
             return self._keep(_Kept(readable, ((path, version),)))
         for commit in listing(self._live.current(), found):
             for record in commit.objects:
                 if record.path == path:
                     versions = ((path, version), (commit.path, backend.version(commit.path)))
-                    if self._live.is_remote:
-                        return self._keep(_Kept(self._remote(record, version), versions))
+                    if self._live.remote:
+                        return self._keep(_Kept(_remote(self._live.remote, record, version), versions))
                     view = self._view(path, record.bytes)
                     load = partial(load_pages, backend, record)
                     return self._keep(_Kept(Readable(path, view, f'"{record.content_crc32c}"', load=load), versions))
@@ -191,18 +191,19 @@ class Objects:
             raise wrong_size(path, len(view), nbytes)
         return view
 
-    def _remote(self, record: ObjectRecord, version: str | None) -> Remote:
-        size = self._live.backend.size(record.path)
-        if size is None:
-            raise missing(record.path)
-        if size != record.bytes:
-            raise wrong_size(record.path, size, record.bytes)
-        return Remote(cast(RemoteBackend, self._live.backend), record, version)
-
     def _keep(self, kept: _Kept) -> Readable | Remote:
         with self._lock:
             self._kept[kept.readable.path] = kept
         return kept.readable
+
+
+def _remote(backend: RemoteBackend, record: ObjectRecord, version: str | None) -> Remote:
+    size = backend.size(record.path)
+    if size is None:
+        raise missing(record.path)
+    if size != record.bytes:
+        raise wrong_size(record.path, size, record.bytes)
+    return Remote(backend, record, version)
 
 
 def load_pages(backend: Backend, record: ObjectRecord, begin: int, end: int) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from api.state.remote import RemoteBackend
 from statsvc.errors import NotAStore
-from statsvc.storage.backend import Backend, ObjectRecord
+from statsvc.storage.backend import Backend
+from statsvc.storage.forwarding import UnmappedBackend
 from statsvc.store.commits import Commit, Ledger
 from statsvc.store.paths import ROOT, commit_path, fit_path, metadata_path, teacher_group
 from statsvc.store.reader import Store, Teacher
@@ -43,25 +44,15 @@ class LiveLedger(Ledger):
         return Commit.from_bytes(path, self._backend.read(path))
 
 
-class _Unmapped:
-    """A backend whose objects are read by system calls alone: a shard that is cut under a map ends the process."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def view(self, path: str, record: ObjectRecord | None = None) -> None:
-        """Nothing is mapped."""
-
-
 class LiveStore:
-    """One store for all requests."""
+    """One store for all requests.
+
+    remote  its backend, if that answers over a network; a local one is asked again for every request
+    """
 
     def __init__(self, backend: Backend) -> None:
-        self.is_remote = backend.concurrency > 1  # what answers at once is asked anew for every request
-        self.backend = cast(Backend, RemoteBackend(backend)) if self.is_remote else backend
+        self.remote = RemoteBackend(backend) if backend.concurrency > 1 else None
+        self.backend = self.remote or backend
         self._lock = threading.Lock()
         self._opened: tuple[str, Store] | None = None
         self._teacher = lru_cache(KEPT_TEACHERS)(self._open_teacher)
@@ -75,7 +66,7 @@ class LiveStore:
             raise NotAStore("there is no store yet: `statsvc run PLAN` makes it; this service will find it by itself")
         with self._lock:
             if self._opened is None or self._opened[0] != version:
-                unmapped = cast(Backend, _Unmapped(self.backend))
+                unmapped = UnmappedBackend(self.backend)
                 self._opened = version, Store(unmapped, LiveLedger(unmapped))
             return self._opened[1]
 

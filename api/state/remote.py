@@ -16,6 +16,7 @@ from cachetools import TTLCache
 from api.errors import StorageFailed, StorageRefused
 from statsvc.errors import AbsentRow, DamagedObject, NotAStore, PlanError, StoreError, WrongRows
 from statsvc.storage.backend import Backend, Fill, ObjectRecord
+from statsvc.storage.forwarding import UnmappedBackend
 
 FRESH_SECONDS = 1.0  # how old a version may be
 KEPT_VERSIONS = 8192
@@ -25,21 +26,17 @@ OURS = (NotAStore, DamagedObject, AbsentRow, WrongRows)  # which mean the store,
 log = logging.getLogger("statsvc.api")
 
 
-class RemoteBackend:
-    """What the service uses of a backend, for objects that cannot be mapped. Read only; threads share it."""
+class RemoteBackend(UnmappedBackend):
+    """Errors of what the service calls, which only reads, are those that clients may see. Threads share it."""
 
     def __init__(self, backend: Backend) -> None:
         from statsvc.storage.bucket.backend import ObjectBackend  # here: stores of files do not need the library
 
         if isinstance(backend, ObjectBackend):
             backend.retry_seconds = RETRY_SECONDS
-        self._backend = backend
+        super().__init__(backend)
         self._lock = threading.Lock()
         self._versions: TTLCache[str, str | None] = TTLCache(KEPT_VERSIONS, FRESH_SECONDS)
-
-    @property
-    def concurrency(self) -> int:
-        return self._backend.concurrency
 
     def version(self, path: str) -> str | None:
         with self._lock, suppress(KeyError):
@@ -51,36 +48,30 @@ class RemoteBackend:
 
     def version_now(self, path: str) -> str | None:
         """The version as it is now."""
-        with _told():
+        with _presentable():
             return self._backend.version(path)
 
     def read(self, path: str) -> bytes:
-        with _told():
+        with _presentable():
             return self._backend.read(path)
-
-    def view(self, path: str, record: ObjectRecord | None = None) -> None:
-        """Nothing is mapped."""
-
-    def forget(self, record: ObjectRecord) -> bool:
-        return self._backend.forget(record)
 
     @contextmanager
     def fetch(self, record: ObjectRecord, begin: int, end: int) -> Iterator[Fill]:
-        with _told(), self._backend.fetch(record, begin, end) as fill:
+        with _presentable(), self._backend.fetch(record, begin, end) as fill:
             yield fill
 
     def size(self, path: str) -> int | None:
-        with _told():
+        with _presentable():
             return self._backend.size(path)
 
     def list(self, folder: str) -> list[str]:
-        with _told():
+        with _presentable():
             return self._backend.list(folder)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Errors of the storage as those that clients may be told of."""
+def _presentable() -> Iterator[None]:
+    """Errors of the storage as those that clients may see."""
     try:
         yield
     except OURS:

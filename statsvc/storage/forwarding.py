@@ -1,4 +1,4 @@
-"""What stands before a backend and changes some of what it does: the rest is passed on."""
+"""Backends that change some of what another backend does and pass the rest on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statsvc.storage.backend import Backend, Fill, ObjectRecord, Upload
 
 
 class ForwardingBackend:
-    """Subclass it and override what is to be different."""
+    """Passes everything on: subclass it and override what is to be different."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -61,3 +61,10 @@ class ForwardingBackend:
 
     def exists(self) -> bool:
         return self._backend.exists()
+
+
+class UnmappedBackend(ForwardingBackend):
+    """Objects are never mapped: a file that somebody cuts short under a map ends the process."""
+
+    def view(self, path: str, record: ObjectRecord | None = None) -> None:
+        """Nothing is mapped."""
