@@ -84,11 +84,11 @@ class Finished:
         return workers.driver.run.run(self.plan, Display())
 
     def contents(self) -> dict[str, bytes]:
-        """Every object of the store by path, but the record of the run, which names folders."""
+        """Every object of the store by path, without the record of the run, which names folders, and the lease."""
         return {
             str(path.relative_to(self.path)): path.read_bytes()
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name != "run.json"
+            if path.is_file() and path.name not in ("run.json", "lease.json")
         }
 
 
