@@ -11,7 +11,7 @@ from statsvc.storage.local import LocalBackend
 
 
 def _object_backend(location: str, token: str | None) -> Backend:
-    from statsvc.storage.bucket.backend import ObjectBackend  # here: whoever works on local files need not load obstore
+    from statsvc.storage.bucket.backend import ObjectBackend  # here: local files do not need obstore
 
     return ObjectBackend(location, token)
 
@@ -30,7 +30,7 @@ BACKENDS: dict[str, Callable[[str, str | None], Backend]] = {
 def open_backend(location: str, token: str | None = None) -> Backend:
     """The backend of a store location; `token` is for those that ask for one.
 
-    Raises PlanError for a kind of storage that is not in BACKENDS, and for a URL that is none.
+    Raises PlanError for a kind of storage that is not in BACKENDS, and for an invalid URL.
     """
     if (typed := location.partition(":/")[0].lower()) in BACKENDS and "://" not in location:
         raise PlanError(f"store {location!r}: one slash is missing, it looks like {typed}://...")

@@ -54,7 +54,7 @@ class Backend(Protocol):
     def view(self, path: str, record: ObjectRecord | None = None) -> memoryview | None:
         """The whole object without a copy; None: this storage cannot, use `fetch`. Raises FileNotFoundError.
 
-        record  of an object that is committed: only such are kept in a cache
+        record  of a committed object: only these are kept in a cache
         """
 
     def forget(self, record: ObjectRecord) -> bool:
@@ -63,18 +63,18 @@ class Backend(Protocol):
     def fetch(self, record: ObjectRecord, begin: int, end: int) -> AbstractContextManager[Fill]:
         """Bytes `begin` to `end` of a committed object, as a function that fills one buffer after the other with them.
 
-        Raises FileNotFoundError, and DamagedObject where an object of another size lies there or the storage knows it
-        to be another one: when it is opened or later. Whether the bytes are right is for the reader to check.
+        Raises FileNotFoundError, and DamagedObject if the object has another size or the storage knows it to be another
+        one: when it is opened or later. Whether the bytes are right is for the reader to check.
         """
 
     def version(self, path: str) -> str | None:
         """A token that changes whenever the object is replaced; None if there is no object."""
 
     def size(self, path: str) -> int | None:
-        """Bytes of the object; None where there is none."""
+        """Bytes of the object; None if there is no object."""
 
     def list(self, folder: str) -> list[str]:
-        """Sorted names of the objects and folders directly below a folder; empty where there is none."""
+        """Sorted names of the objects and folders directly below a folder; empty if there is no folder."""
 
     def write(self, path: str, data: bytes) -> None:
         """Publish an object, replacing one of that path."""
@@ -83,19 +83,19 @@ class Backend(Protocol):
         """Begin to stream an object."""
 
     def remove(self, path: str) -> None:
-        """Remove an object; no error where there is none."""
+        """Remove an object; no error if there is none."""
 
     def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         """Replace an object if it still is `expected` (None: no object yet); False if it is not. Atomic."""
 
     def sweep(self) -> int:
-        """Remove what writers that died left behind; how many objects that were."""
+        """Remove what writers that died left behind. Returns the number of objects."""
 
     def free_bytes(self) -> int | None:
         """Space left for new objects; None if effectively unlimited."""
 
     def check(self) -> None:
-        """Raises PlanError where nothing can ever be written at this location."""
+        """Raises PlanError if nothing can ever be written at this location."""
 
     def exists(self) -> bool:
         """Whether anything was ever written here."""

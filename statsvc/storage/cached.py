@@ -119,6 +119,6 @@ class CachedBackend(ForwardingBackend):
                 file.write(part_B.data)
         if crc32c_hex(crc) != record.crc32c:
             raise DamagedObject(
-                f"{record.path}: {self._location} sent crc32c {crc32c_hex(crc)}; {record.crc32c} due; run `statsvc "
-                "verify --repair` where the store lies"
+                f"{record.path}: {self._location} sent crc32c {crc32c_hex(crc)}, expected {record.crc32c}; run "
+                "`statsvc verify --repair` where the store is"
             )

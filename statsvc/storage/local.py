@@ -1,4 +1,4 @@
-"""Objects as files below one folder. A symbolic link that leads out of it is no object, and nothing below it is."""
+"""Objects as files below one folder. A symbolic link that leads out of it, and all below it, is not an object."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LocalBackend:
             size = os.fstat(file.fileno()).st_size
             if size != record.bytes or end > size:
                 raise DamagedObject(
-                    f"{record.path}: {size} bytes; {record.bytes} due, {begin} to {end} asked for; `statsvc verify "
+                    f"{record.path}: expected {record.bytes} bytes, found {size}; `statsvc verify "
                     "--repair` removes the damage, the next run restores it"
                 )
             file.seek(begin)
@@ -62,7 +62,7 @@ class LocalBackend:
                 if file.tell() + len(out) > end:
                     raise ValueError(f"{record.path}: more than bytes {begin} to {end}, which were asked for")
                 if file.readinto(out) != len(out):
-                    raise DamagedObject(f"{record.path}: cut while it was read; run `statsvc verify`")
+                    raise DamagedObject(f"{record.path}: truncated while it was read; run `statsvc verify`")
 
             yield fill
 
@@ -152,12 +152,12 @@ class LocalBackend:
             folder = folder.parent
         if not folder.is_dir():
             raise PlanError(
-                f"store: {str(self.root)!r} lies in {str(folder)!r}, which is no folder; name another place"
+                f"store: {str(self.root)!r} is in {str(folder)!r}, which is not a folder; choose another location"
             )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PlanError(
                 f"store: {str(self.root)!r} cannot be written: user {os.getuid()} may not write in {str(folder)!r}; "
-                "give that folder to this user, or name another place"
+                "give that folder to this user, or choose another location"
             )
 
     def exists(self) -> bool:
@@ -178,7 +178,7 @@ class LocalBackend:
             return self._inside(path).open("rb")
         except OSError as error:
             if error.errno in NOTHING_THERE:
-                raise FileNotFoundError(errno.ENOENT, "no object lies there", path) from error
+                raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
             raise
 
     def _file(self, path: str) -> Path:
@@ -193,7 +193,7 @@ class LocalBackend:
         """The file of an object that is to be read. Raises FileNotFoundError where a link leads out of the store."""
         check_path(path)
         if not self._leads_inside(path):
-            raise FileNotFoundError(errno.ENOENT, "no object lies there", path)
+            raise FileNotFoundError(errno.ENOENT, "no such object", path)
         return self.root / path
 
     def _leads_inside(self, path: str) -> bool:

@@ -167,7 +167,7 @@ def test_other_bytes_than_committed_are_refused_as_they_arrive(
     server.objects["a/object"] = bytes(wrong)
     server.always = lambda handler: handler.behave(ETag=f'"{RECORD.content_crc32c}"')
     sent = crc32c_hex(crc32c(bytes(wrong)))
-    with pytest.raises(DamagedObject, match=f"a/object: {server.url} sent crc32c {sent}; {RECORD.crc32c} due"):
+    with pytest.raises(DamagedObject, match=f"a/object: {server.url} sent crc32c {sent}, expected {RECORD.crc32c}"):
         view(cached)
     assert not list(folder.glob("*.cached"))
     server.objects["a/object"] = DATA
@@ -407,7 +407,7 @@ def test_damage_of_the_store_is_no_damage_of_the_copy(far: Far, near: Targets, s
     rows = near.rows()
     codes = next(service.store_path.glob("teachers/dino/cache/*/patches/codes/c/0/0/0"))
     flip(codes, 100)
-    with pytest.raises(DamagedObject, match=rf"codes/c/0/0/0: {far.url} sent crc32c .* due"):
+    with pytest.raises(DamagedObject, match=rf"codes/c/0/0/0: {far.url} sent crc32c .*, expected"):
         far.targets.read(rows[:1])
     later = [row for row in rows if row >= 7]
     np.testing.assert_array_equal(far.targets.read(later), near.read(later))

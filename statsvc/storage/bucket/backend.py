@@ -29,7 +29,7 @@ class ObjectBackend:
     retry_seconds: float | None = None  # of one request, in place of RETRY_SECONDS; set before the first one
 
     def __init__(self, location: str, _token: str | None = None) -> None:
-        """Raises PlanError for a location that is none. Credentials and endpoint are those of the environment."""
+        """Raises PlanError for an invalid location. Credentials and endpoint are those of the environment."""
         split(location)
         self._location = location.rstrip("/")
         self._clients = PerProcess[tuple[Client, Client]]()

@@ -77,7 +77,7 @@ class Client:
     """
 
     def __init__(self, location: str, retry_seconds: float | None = None) -> None:
-        """Raises PlanError for a location that is none, and for credentials that cannot be had."""
+        """Raises PlanError for an invalid location, and if no credentials can be had."""
         self.kind, self.bucket, self.prefix = split(location)
         retry_seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
         self.location, self._retry_seconds = location, retry_seconds
@@ -131,7 +131,7 @@ class Client:
         )
 
     def replace(self, path: str, data: bytes, before: Meta | None) -> None:
-        """Put where the object is still that one, or where there is none. Raises Changed."""
+        """Put if the object is still that version, or if there is none yet. Raises Changed."""
         mode: Any = "create"
         if before is not None:
             mode = {key: value for key, value in (("e_tag", before.etag), ("version", before.version)) if value}
@@ -189,7 +189,7 @@ class Client:
             return use()
         except FileNotFoundError as error:
             if "NoSuchBucket" not in str(error):
-                raise FileNotFoundError(errno.ENOENT, "no object lies there", path) from None
+                raise FileNotFoundError(errno.ENOENT, "no such object", path) from None
             raise self._refusal(path, error) from None
         except (PreconditionError, AlreadyExistsError, NotModifiedError) as error:
             raise Changed(_why(error)) from None
@@ -236,7 +236,7 @@ def split(location: str) -> tuple[str, str, str]:
 
 
 def _endpoint() -> str | None:
-    """That of the environment. Raises PlanError for one that is none, at which obstore would panic."""
+    """That of the environment. Raises PlanError for an invalid one, at which obstore would panic."""
     for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
         del os.environ[name]  # empty is unset, as for everything else that reads these; obstore takes it for a value
     for name in ENDPOINTS:

@@ -16,7 +16,7 @@ WINDOW_NBYTES, WINDOWS_AHEAD = 8 << 20, 3  # of a long range: one stream alone i
 class Ranges:
     """Bytes begin to end of an object of so many bytes, in order.
 
-    etag    of the object; None: whatever lies there when the first bytes are asked for
+    etag    of the object; None: the version that is there when the first bytes are requested
     window  bytes that are asked for at a time; one is being read, and WINDOWS_AHEAD are on their way
 
     Raises FileNotFoundError, StoreError, and Changed where it is another object, or becomes one meanwhile.
@@ -79,7 +79,7 @@ class Ranges:
             if meta.size == self._nbytes:
                 raise Changed("replaced while it was read") from None
         if meta.size != self._nbytes or len(data) != end - begin:
-            raise Changed(f"{meta.size} bytes; {self._nbytes} due, {begin} to {end} asked for")
+            raise Changed(f"expected {self._nbytes} bytes, found {meta.size}")
         self._etag = meta.etag
         return memoryview(data)
 

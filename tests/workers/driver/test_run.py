@@ -271,7 +271,7 @@ class TestWrongPlans:
         document = plan_document(workspace, store=str(workspace / "notes.txt" / "store"))
         refused = statsvc_command("run", write_plan(workspace, document))
         assert refused.returncode == 2
-        assert "notes.txt', which is no folder" in refused.stderr
+        assert "notes.txt', which is not a folder" in refused.stderr
 
     def test_a_folder_that_is_no_store_is_left_alone(self, workspace: Path) -> None:
         (workspace / "store").mkdir()
