@@ -134,9 +134,8 @@ class Lease:
             beat, begun = self._beat(), boot_time()
             try:
                 if not self._backend.swap(LEASE, self._written, beat) and (there := read_lease(self._backend)) != beat:
-                    if there is not None and self._is_mine(
-                        there
-                    ):  # a heartbeat whose response timed out but which was stored
+                    # A heartbeat whose response timed out may have been stored all the same.
+                    if there is not None and self._is_mine(there):
                         self._written = there
                         continue
                     self._lost = "the store is gone" if there is None else "another driver took it over"
