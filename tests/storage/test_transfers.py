@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cachetools import LRUCache
 
 from api.service import Service
 from api.serving import objects
@@ -216,9 +217,9 @@ def test_a_transfer_ends_with_its_client_whatever_else_was_asked_for(
 
 
 def test_objects_that_are_no_longer_asked_for_are_closed(
-    store: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+    store: Path, running: Running, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "KEPT", 3)
+    monkeypatch.setattr(service_of(running).objects, "_kept", LRUCache(3))
     paths = [str(path.relative_to(store)) for path in sorted(store.glob("teachers/*/moments/*/*/c/*/0/0"))]
     gc.collect()  # of the services of other tests
     assert len(paths) > 10
