@@ -40,7 +40,7 @@ test-313:
 else
 test-313: setup .venv-313/installed
 	rm -rf .venv-313/finished
-	$(BIN)/python -m tests.support.finished .venv-313/finished
+	$(BIN)/python -m tests.support.finished $(CURDIR)/.venv-313/finished
 	TESTS_FINISHED=$(CURDIR)/.venv-313/finished .venv-313/bin/python -m pytest $(PARALLEL) -m 'not slow' $(TORCH_FREE)
 endif
 
