@@ -258,7 +258,7 @@ def test_what_waits_gives_way_to_what_is_wanted_next(
 
     server.always = wait
     cached.prefetch(parts[:5])
-    wait_for(lambda: len(server.seen) > 0)
+    wait_for(lambda: len(server.seen) == 2, "both threads to ask")
     cached.prefetch(parts[8:])
     under_way = len(server.seen)
     cached.prefetch(parts[9:])

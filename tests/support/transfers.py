@@ -92,6 +92,15 @@ def raw_socket(running: Running, receive_buffer: int | None = None) -> Iterator[
         yield connection
 
 
+def until(connection: socket.socket, ending: bytes) -> None:
+    """Read to that ending, in however many pieces it comes."""
+    received = b""
+    while not received.endswith(ending):
+        part = connection.recv(1 << 16)
+        assert part, f"closed after {received!r}"
+        received += part
+
+
 def until_closed(connection: socket.socket) -> bytes:
     """Everything that still comes."""
     parts = []

@@ -533,7 +533,7 @@ def test_a_unit_that_fails_leaves_nothing_and_can_be_done_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests import test_unit
+from tests.workers.unit import test_unit
 from workers.unit.decoders import Decoders
 
 if __name__ == "__main__":
