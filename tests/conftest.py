@@ -1,245 +1,45 @@
-"""What several files of tests share: decoder processes, two tiny checkpoints, and a small finished store."""
+"""What holds for every test, and costs nothing to import. What only some folders share is in their own conftest.py."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import sys
 
-import numpy as np
 import pytest
-import torch
-import transformers
 from hypothesis import settings
-
-import workers.driver.run
-from api.settings import Settings
-from statsvc.plan import Plan
-from statsvc.progress import Display
-from statsvc.store.reader import Store, open_store
-from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.support.plans import TINY_SIGLIP
-from tests.support.s3_server import S3Server, s3_server
-from tests.support.service import Running, serving
-from tests.support.tiny import InProcess, photographs, seen_by, write_tar
-from workers.engines import ENGINES
-from workers.engines.base import EngineSetup
-from workers.teachers import resolve
-from workers.unit.decoders import Decoders
-from workers.unit.loaded_teacher import LoadedTeacher
 
 # How long an example takes says more of the machine's other work than of ours.
 settings.register_profile("statsvc", deadline=None)
 settings.load_profile("statsvc")
 
-# Dataset shards of 6, 7 and 6 samples; b has a broken photograph and a sample without one.
-SHARDS = {
-    "a.tar": photographs("a0", "a1", "a2", "a3", "a4", "a5"),
-    "b.tar": [
-        *photographs("b0", "b1"),
-        ("broken.jpg", b"\xff\xd8\xff no photograph"),
-        *photographs("b2"),
-        ("words.json", b"{}"),
-        *photographs("b3", "b4"),
-    ],
-    "c.tar": photographs("c0", "c1", "c2", "c3", "c4", "c5"),
-}
-ROWS_PER_SHARD = 7
-ABSENT = [6, 9, 11, 20]  # no seventh sample; broken; without an image; no seventh sample
-PRESENT = [row for row in range(21) if row not in ABSENT]
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
-Features = dict[str, dict[int, np.ndarray]]
-
-
-def by_row() -> dict[int, tuple[str, bytes]]:
-    """Key and bytes of every sample's first member, by row."""
-    return {
-        shard * ROWS_PER_SHARD + position: (name.rpartition(".")[0], content)
-        for shard, members in enumerate(SHARDS.values())
-        for position, (name, content) in enumerate(members)
-    }
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A folder with dataset shards, a plan over them, and the store that running it gave."""
-
-    folder: Path
-    plan: Plan
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "store"
-
-    @property
-    def store(self) -> Store:
-        """Opened anew: it knows only what lies on disk."""
-        return open_store(str(self.path))
-
-    def run(self) -> int:
-        return workers.driver.run.run(self.plan, Display())
-
-    def contents(self) -> dict[str, bytes]:
-        """Every object of the store by path, without the record of the run, which names folders, and the lease."""
-        return {
-            str(path.relative_to(self.path)): path.read_bytes()
-            for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name not in ("run.json", "lease.json")
-        }
-
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
-    """Models as small as those of the tests lose by a second thread."""
-    torch.set_num_threads(1)
+    """Small models lose by a second thread, and hundreds of times where other processes keep the cores busy."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Whoever asks for the object storage needs it."""
+    if "s3_once" in getattr(item, "fixturenames", ()):
+        item.add_marker("server")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the environment of whoever runs the tests is no setting of theirs."""
+    for name in [name for name in os.environ if name.startswith("STATSVC_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting for the disk, which takes most of the time of a small unit; test_backends sees to fsync."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.fixture(scope="session")
-def decoders() -> Iterator[Decoders]:
-    """One decoder process for all tests."""
-    with Decoders(1) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="session")
-def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: a Dinov2 of width 32 for images of 32 x 32, with random weights."""
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
-    )
-    folder = tmp_path_factory.mktemp("checkpoints") / "dinov2"
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def finished_once(dinov2: Path, decoders: Decoders, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A finished store of the two teachers `dino` (int8 codes, 16 patches of 32 channels) and `siglip`."""
-    folder = tmp_path_factory.mktemp("finished")
-    for name, members in SHARDS.items():
-        write_tar(folder / name, members)
-    finished = Finished(folder, plan_for(folder, dinov2))
-    with pytest.MonkeyPatch.context() as patch:
-        in_process(patch, decoders)
-        assert finished.run() == 0
-    return finished
-
-
-@pytest.fixture(scope="session")
-def features(finished_once: Finished, dinov2: Path) -> Features:
-    """{output: {row: float64 [T, D]}} of the teacher dino, from a plain forward pass of one image at a time."""
-    plan = finished_once.plan.teachers["dino"]
-    shown = LoadedTeacher("dino", resolve("dino", plan), torch.device("cpu"), "float32")  # for its size and filter
-    auto_model: Any = transformers.AutoModel
-    model = auto_model.from_pretrained(dinov2, dtype=torch.float32).eval()
-    found: Features = {"patches": {}, "summary": {}}
-    for row in PRESENT:
-        pixels = (seen_by(shown, by_row()[row][1]) / 255 - MEAN) / STD
-        with torch.inference_mode():
-            out = model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
-        found["patches"][row] = out.last_hidden_state[0, 1:].double().numpy()
-        found["summary"][row] = out.pooler_output.double().numpy()
-    return found
-
-
-@pytest.fixture
-def finished(
-    finished_once: Finished, dinov2: Path, decoders: Decoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Finished:
-    """A copy of it, which a test may damage, and run again in this process."""
-    folder = tmp_path / "finished"
-    shutil.copytree(finished_once.folder, folder)
-    in_process(monkeypatch, decoders)
-    return Finished(folder, plan_for(folder, dinov2))
-
-
-def plan_for(folder: Path, dinov2: Path, **changes: Any) -> Plan:
-    """The plan of the finished store, with some keys changed."""
-    document = {
-        "store": str(folder / "store"),
-        "data": {"shards": str(folder / "*.tar")},
-        "teachers": {"dino": {"source": "transformers", "model": str(dinov2)}, "siglip": TINY_SIGLIP},
-        "statistics": {"images": "all"},
-        "engine": {"batch_size": 4, "decoders": 1},
-        **changes,
-    }
-    return Plan.model_validate(document)
-
-
-def in_process(patch: pytest.MonkeyPatch, decoders: Decoders) -> None:
-    """Let runs work in this process."""
-
-    def engine(setup: EngineSetup) -> InProcess:
-        return InProcess(setup, decoders)
-
-    patch.setitem(ENGINES, "inline", engine)
-
-
-@pytest.fixture
-def service(finished: Finished) -> Iterator[Running]:
-    """The service of a copy of the finished store."""
-    with serving(finished.path) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def service_once(finished_once: Finished) -> Iterator[Running]:
-    """The service of the finished store, for tests that leave it as it is."""
-    with serving(finished_once.path) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def s3_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real object storage, for all tests that want one."""
-    with s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
-        yield server
-
-
-@pytest.fixture
-def s3(s3_once: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The same, and this process and those that it starts find it by their environment."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in s3_once.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_once
-
-
-@pytest.fixture
-def s3_store(s3: S3Server) -> str:
-    """s3://bucket/prefix where nothing lies yet."""
-    return s3.location()
-
-
-@pytest.fixture
-def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """Before that server: whoever follows the environment goes through it."""
-    with faulty_proxy(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
-
-
-@pytest.fixture
-def impatient_s3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ever, but half a second of silence is enough, and there is less of every wait."""
-    for name, value in (("SILENT_SECONDS", 0.5), ("RETRIES", 2), ("PAUSE_SECONDS", 0.05)):
-        monkeypatch.setattr(f"statsvc.storage.bucket.client.{name}", value)
-
-
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in the environment of whoever runs the tests is no setting of theirs."""
-    for name in Settings.model_fields:
-        monkeypatch.delenv(f"STATSVC_{name.upper()}", raising=False)

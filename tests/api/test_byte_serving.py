@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 import pytest
 
 from statsvc.plan import Plan
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.rfc9110 import expected, random_headers
 from tests.support.service import Running, serving
 from tests.support.transfers import Answer, Client, Headers, connected, servable

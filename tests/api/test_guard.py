@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from api.middleware import protocol
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.service import Running, serving
-from tests.support.transfers import BIG, Answer, Headers, connected, raw_socket, until_closed, with_big_shard
+from tests.support.transfers import BIG, Answer, Headers, connected, raw_socket, until, until_closed, with_big_shard
+from tests.support.waiting import wait_for
 
 TOKEN = "open-sesame-5up3r"
 RIGHT = ("Authorization", f"Bearer {TOKEN}")
 GET_BIG = f"GET /zarr/{BIG} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
 EVENTS = b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n"
-WAIT_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_head_without_end_closes_its_connection(opened: Running, beginning: by
     with raw_socket(opened) as connection:
         for _ in range(requests_before):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b'{"status":"ok"}' in connection.recv(10_000)
+            until(connection, b'{"status":"ok"}')
         sent = 0
         with pytest.raises(ConnectionError):  # noqa: PT012 - whichever of them finds it closed
             connection.sendall(beginning)
@@ -182,32 +182,33 @@ def test_a_head_without_end_closes_its_connection(opened: Running, beginning: by
 
 @pytest.mark.parametrize("requests_before", [0, 1])
 def test_a_head_that_trickles_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch, requests_before: int) -> None:
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 1.0)
     with serving(store) as running, raw_socket(running) as connection:
         for _ in range(requests_before):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b'{"status":"ok"}' in connection.recv(10_000)
+            until(connection, b'{"status":"ok"}')
         connection.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
         connection.settimeout(0.02)
-        deadline, answer = time.monotonic() + WAIT_SECONDS, None
-        while answer is None:
-            assert time.monotonic() < deadline, "the connection stays open"
+
+        def ended() -> bool:
             try:
                 connection.sendall(b"a")
-                answer = connection.recv(1000)
+                assert connection.recv(1000) == b""
             except TimeoutError:
-                continue
+                return False
             except ConnectionError:
-                answer = b""
-        assert answer == b""
+                pass
+            return True
+
+        wait_for(ended, "the connection to be closed")
 
 
 def test_an_answer_may_take_longer_than_a_head(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.5)
     with serving(store) as running, raw_socket(running, receive_buffer=4096) as connection:
         connection.sendall(GET_BIG)
         begun = time.monotonic()
-        while time.monotonic() - begun < 0.3:
+        while time.monotonic() - begun < 1.0:  # longer than a head may take
             assert connection.recv(1000)
         assert until_closed(connection).endswith((store / BIG).read_bytes()[-100_000:])
 
@@ -228,8 +229,11 @@ def test_more_requests_than_the_service_takes_are_told_to_come_back(store: Path)
                 assert answer.detail.startswith("2 requests are being answered")
             assert get(running, "/healthz").status == 200
             assert until_closed(transfer).endswith((store / BIG).read_bytes()[-100_000:])
-            assert get(running, "/teachers").status == 200, "one of them ended"
-        assert b"statsvc_http_refused_total 4.0" in get(running, "/metrics").body
+            refused = 4
+            while (status := get(running, "/teachers").status) == 503:  # until the service, too, sees the end of one
+                refused += 1
+            assert status == 200
+        assert f"statsvc_http_refused_total {refused}.0".encode() in get(running, "/metrics").body
 
 
 def test_a_place_is_free_again_after_every_kind_of_end(store: Path) -> None:
@@ -241,9 +245,7 @@ def test_a_place_is_free_again_after_every_kind_of_end(store: Path) -> None:
             with raw_socket(running) as transfer:
                 transfer.sendall(GET_BIG.replace(b"Host", f"{RIGHT[0]}: {RIGHT[1]}\r\nHost".encode()))
                 assert transfer.recv(100).startswith(b"HTTP/1.1 200")
-            deadline = time.monotonic() + WAIT_SECONDS
-            while get(running, "/teachers", [RIGHT]).status == 503:
-                assert time.monotonic() < deadline, "the place of a client that went away stays taken"
+            wait_for(lambda: get(running, "/teachers", [RIGHT]).status != 503, "the place of a client that went away")
 
 
 # --- the end ---
@@ -271,4 +273,4 @@ def test_a_transfer_that_nobody_reads_does_not_keep_the_service_alive(store: Pat
             transfer = stack.enter_context(raw_socket(running, receive_buffer=4096))
             transfer.sendall(GET_BIG)
             assert transfer.recv(100)
-        assert 0.9 < time.monotonic() - begun < 15
+        assert time.monotonic() - begun > 0.9

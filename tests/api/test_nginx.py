@@ -18,13 +18,16 @@ import pytest
 
 import statsvc
 from tests import ROOT
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.ports import free_port, wait_until_listening
 from tests.support.service import Running, serving
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("nginx") or not shutil.which("openssl"), reason="nginx or openssl is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not shutil.which("nginx") or not shutil.which("openssl"), reason="nginx or openssl is not installed"
+    ),
+]
 README = ROOT / "README.md"
 
 

@@ -23,9 +23,8 @@ from statsvc.errors import NotFound, PlanError
 from statsvc.storage import open_backend
 from statsvc.storage.bucket.client import Client as Storage
 from statsvc.store.paths import RUN
-from statsvc.student import TargetDataset
-from tests.conftest import ABSENT, PRESENT, Finished
 from tests.support.faulty_proxy import Fault, FaultyProxy, faulty_proxy
+from tests.support.finished import ABSENT, PRESENT, Finished
 from tests.support.rfc9110 import expected, random_headers
 from tests.support.s3_server import S3Server
 from tests.support.service import Running, always_counting, serving
@@ -39,6 +38,9 @@ from tests.support.transfers import (
     until_closed,
     with_big_shard,
 )
+from tests.support.waiting import wait_for
+
+pytestmark = pytest.mark.slow
 
 SMALL = "samples/key_hash/c/1/0"
 ROUTES = (
@@ -164,7 +166,7 @@ def test_a_reader_that_stalls_holds_two_slices(
     del client  # heals
     with raw_socket(running, receive_buffer=4096) as connection:
         connection.sendall(f"GET /zarr/{BIG} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-        soon(lambda: len(asked) >= 2)
+        wait_for(lambda: len(asked) >= 2)
         time.sleep(1)
         assert 2 <= len(asked) <= 4, asked
         received = until_closed(connection)
@@ -179,7 +181,7 @@ def test_a_reader_that_goes_away_ends_the_fetching(
     with raw_socket(running, receive_buffer=4096) as connection:
         connection.sendall(f"GET /zarr/{BIG} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         connection.recv(4096)
-    soon(lambda: "statsvc_http_requests_in_progress 1.0" in client("/metrics").body.decode())  # of itself
+    wait_for(lambda: "statsvc_http_requests_in_progress 1.0" in client("/metrics").body.decode())  # of itself
     assert len(asked) < 9
 
 
@@ -187,7 +189,7 @@ def test_nobody_waits_for_another_ones_object(running: Running, client: Client, 
     proxy.fail(Fault("stall", 2), method="GET", path=SMALL)
     with ThreadPoolExecutor(1) as pool, connected(running) as other:
         slow = pool.submit(other, f"/zarr/{SMALL}")
-        soon(lambda: proxy.injected["stall 2"] > 0)
+        wait_for(lambda: proxy.injected["stall 2"] > 0)
         assert client("/healthz").status == 200
         assert not slow.done()
         assert slow.result().status == 200
@@ -307,6 +309,9 @@ def test_a_bucket_tells_a_training_job_where_the_images_are_and_a_service_does_n
     running: Running, client: Client, bucket: str, tmp_path: Path
 ) -> None:
     del client  # heals
+    pytest.importorskip("torch")
+    from statsvc.student import TargetDataset
+
     wish: dict[str, Any] = {
         "teachers": ["siglip"],
         "batch_size": 4,
@@ -334,10 +339,3 @@ def test_a_service_that_starts_without_its_storage_says_so_and_waits(
 def test_nginx_cannot_send_what_is_no_file() -> None:
     with pytest.raises(PlanError, match="accel_prefix"):
         read_settings(store="s3://bucket/prefix", accel_prefix="/files/")
-
-
-def soon(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import pytest
 
 from statsvc.storage.local import LocalBackend
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.service import Running, serving
 from tests.support.transfers import Client, connected, raw_socket, until_closed
 

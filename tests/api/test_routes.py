@@ -18,7 +18,7 @@ from safetensors.numpy import load
 from api.server import read_settings
 from statsvc.errors import PlanError
 from statsvc.store.reader import Store, Teacher, open_store
-from tests.conftest import ABSENT, ROWS_PER_SHARD, Finished
+from tests.support.finished import ABSENT, ROWS_PER_SHARD, Finished
 from tests.support.service import Running, always_counting, serving
 from tests.support.tiny import photographs, write_tar
 

@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 from api.routes import progress
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.service import Running, always_counting, serving
 from tests.support.transfers import connected
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = int(os.environ.get("STATSVC_SCHEMA_EXAMPLES", "15"))
 CONFIG = Path(__file__).with_name("schemathesis.toml")

@@ -49,6 +49,15 @@ def test_nothing_else_enters_a_build() -> None:
     assert any(fnmatch("statsvc/x.pyc", line) for line in lines)
 
 
+def test_both_images_take_the_version_of_python_from_one_argument() -> None:
+    base = compose(ROOT / "docker" / "compose.base.yml")["services"]
+    for dockerfile in DOCKERFILES:
+        text = dockerfile.read_text()
+        assert "ARG PYTHON_VERSION=3.11\nFROM python:${PYTHON_VERSION}-slim" in text
+        assert re.findall(r"3\.\d+", text) == ["3.11"]
+        assert base[dockerfile.suffix[1:]]["build"]["args"]["PYTHON_VERSION"] == "${STATSVC_PYTHON:-3.11}"
+
+
 def test_both_compose_files_are_the_base_and_a_gpu() -> None:
     base = compose(ROOT / "docker" / "compose.base.yml")
     assert "deploy" not in base["services"]["worker"]  # lists merge: what the base reserves, nobody gets rid of

@@ -24,6 +24,8 @@ from tests.support.ports import free_port
 from tests.support.s3_server import S3Server
 from workers.demo import write_shard
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 

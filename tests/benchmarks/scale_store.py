@@ -38,7 +38,7 @@ from statsvc.numerics.views import CENTER
 from statsvc.plan import read_plan
 from statsvc.progress import Display
 from statsvc.storage import open_backend
-from tests.support.tiny import FakeTeacher, InProcess
+from tests.support.in_process import FakeTeacher, InProcess
 from workers.engines import ENGINES
 from workers.engines.base import EngineSetup
 from workers.unit.decoders import Decoders, Views

@@ -15,7 +15,6 @@ from tests.benchmarks import __main__ as bench
 from tests.benchmarks import gpu, peers
 from tests.benchmarks.report import markdown, read_record, record, replace_block
 from tests.benchmarks.rows import Goal, Row, Table, number
-from tests.support.libraries import one_torch_thread
 
 ABOUT = {"device": "CPU", "cpu": "a processor", "cores": 2, "python": "3.11", "versions": {"numpy": "2"}}
 TABLES = {
@@ -133,7 +132,6 @@ def test_peers_give_back_what_they_wrote_and_one_that_cannot_is_told_of(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures(one_torch_thread.__name__)
 def test_the_gpu_script_runs_through_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, readme = tmp_path / "gpu.json", tmp_path / "README.md"
     readme.write_text(README.replace("bench:", "bench-gpu:"))

@@ -10,6 +10,8 @@ from tests.benchmarks import scale, scale_store
 from tests.benchmarks.report import read_record
 from workers.engines import ENGINES
 
+pytestmark = pytest.mark.slow
+
 README = "# Title\n\n<!-- scale:begin -->\nold\n<!-- scale:end -->\n\nThe rest.\n"
 
 

@@ -119,7 +119,7 @@ def test_hidden_files_and_what_is_no_file_are_left_out(photos: Path) -> None:
     assert one(photos) == before
 
 
-def test_twenty_thousand_files_are_listed_in_a_second(tmp_path: Path) -> None:
+def test_twenty_thousand_files_are_listed_about_as_quickly_as_a_plain_walk(tmp_path: Path) -> None:
     content = tmp_path / "one.jpg"
     content.write_bytes(b"1")
     for n in range(100):
@@ -127,8 +127,10 @@ def test_twenty_thousand_files_are_listed_in_a_second(tmp_path: Path) -> None:
     for n in range(20_000):
         os.link(content, tmp_path / f"{n % 100:03}" / f"{n:06}.jpg")
     begin = time.process_time()
+    assert len([Path(folder, name).stat() for folder, _, names in os.walk(tmp_path) for name in names]) == 20_001
+    walked = time.process_time()
     assert len(cut_folder(str(tmp_path), IMAGES, 1000)) == 21
-    assert time.process_time() - begin < 1
+    assert time.process_time() - walked < 10 * (walked - begin)
 
 
 # --- links ---

@@ -23,13 +23,14 @@ from statsvc.errors import PlanError, UnreadableShard
 from statsvc.plan import Data
 from statsvc.progress import Display
 from statsvc.storage import open_backend
-from statsvc.student import TargetDataset
-from tests.conftest import SHARDS, Finished, plan_for
 from tests.contracts.shard import TarContract, read, tar_of
 from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.finished import SHARDS, Finished, plan_for
 from tests.support.s3_server import KEY, SECRET
 from tests.workers.driver.test_object_run import THEIRS, contents
 from workers.driver.sizes import told_samples
+
+pytestmark = pytest.mark.slow
 
 CONTENT = tar_of([(f"{n:02}.jpg", bytes([n]) * 30_000) for n in range(33)])
 CHECKSUM = f"crc32c:{google_crc32c.value(CONTENT):08x}"
@@ -234,6 +235,9 @@ def test_a_run_from_a_bucket_into_a_bucket_gives_the_bytes_of_local_ones(
         "image_size": 32,
         "cache": tmp_path / "cache",
     }
+    pytest.importorskip("torch")
+    from statsvc.student import TargetDataset
+
     batches = [dict(batch) for batch in TargetDataset(s3_store, **options)]  # the images, too
     assert sum(len(batch["image"]) for batch in batches) == sum(len(batch["rows"]) for batch in batches) > 0
     # A tar of another size is found by the list, before anything is read.

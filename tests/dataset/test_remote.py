@@ -74,15 +74,13 @@ def test_it_is_read_with_one_request_and_never_as_a_whole(server: Stub) -> None:
 
 def then_reset(handler: Handler) -> None:
     handler.behave(send=300_000)
-    handler.wfile.flush()
-    time.sleep(0.05)  # for what was sent to arrive
+    handler.until_arrived()
     handler.reset()
 
 
 def then_stall(handler: Handler) -> None:
     handler.behave(send=300_000)
-    handler.wfile.flush()
-    time.sleep(1)
+    handler.until_closed()
 
 
 FAULTS: dict[str, list[Misbehaviour]] = {

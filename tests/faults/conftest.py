@@ -15,7 +15,10 @@ import pytest
 
 from tests.faults.records import Line, terminal, write
 from tests.faults.site import Site
+from tests.support.finished import decoders, dinov2, finished, finished_once
 from tests.support.tiny import photographs, write_tar
+
+__all__ = ["decoders", "dinov2", "finished", "finished_once"]
 
 LINES = pytest.StashKey[dict[str, Line]]()
 Faults = Callable[[str], Line]
@@ -78,7 +81,7 @@ def site(photos: Path, tmp_path: Path) -> Site:
 
 
 @pytest.fixture
-def finished(undisturbed: Site, tmp_path: Path) -> Site:
+def finished_site(undisturbed: Site, tmp_path: Path) -> Site:
     """The same with a copy of the finished store."""
     shutil.copytree(undisturbed.store, tmp_path / "store")
     return new_site(tmp_path, undisturbed.photos)

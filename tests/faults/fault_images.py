@@ -78,24 +78,24 @@ def odd_images() -> list[Odd]:
 
 
 def test_odd_images_are_used_by_the_rules_or_counted_and_named_and_spoil_no_other(
-    finished: Site, faults: Faults
+    finished_site: Site, faults: Faults
 ) -> None:
     images = odd_images()
     shards = {f"z-{n}.tar": images[:3] + images[n : n + 6] for n in range(3, len(images), 6)}
     for name, inside in shards.items():
         stem = name.removesuffix(".tar")
-        write_tar(finished.photos / name, [(f"{stem}/{image.name}", image.content) for image in inside])
+        write_tar(finished_site.photos / name, [(f"{stem}/{image.name}", image.content) for image in inside])
     lines = {image.kind: faults(f"images: {image.kind}") for image in images if image.kind}
     for image in images[3:]:
         lines[image.kind].injected += 1
-    before = contents(finished.store)
-    with finished.started() as driver:
+    before = contents(finished_site.store)
+    with finished_site.started() as driver:
         ended, peak = driver.watched()
     assert ended.code == 0, ended
     assert peak < MEMORY_BYTES, f"{peak >> 20} MiB"
-    assert same_or_grown(finished.store, before)
-    assert finished.command("verify").code == 0
-    (cached,) = finished.status()["teachers"]["own"]["cached"].values()
+    assert same_or_grown(finished_site.store, before)
+    assert finished_site.command("verify").code == 0
+    (cached,) = finished_site.status()["teachers"]["own"]["cached"].values()
     said = {failure["key"]: failure["reason"] for failure in cached["failed"]}
     for name, inside in shards.items():
         stem = name.removesuffix(".tar")
@@ -108,7 +108,7 @@ def test_odd_images_are_used_by_the_rules_or_counted_and_named_and_spoil_no_othe
             samples = [
                 (f"{stem}/{k}", None if inside[p].said else keys.get(inside[p].like, p)) for k, p in keys.items()
             ]
-            rows = rows_beside(finished.store, name, samples, like=name)
+            rows = rows_beside(finished_site.store, name, samples, like=name)
             lines[image.kind].lost += rows.lost
             lines[image.kind].duplicated += rows.duplicated
             assert rows == (0, 0)

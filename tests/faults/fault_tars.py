@@ -105,7 +105,7 @@ def check_rows(site: Site, tars: dict[str, Hostile], lines: dict[str, Line]) -> 
         lines[name].passed(1, COMPARED)
 
 
-def test_hostile_tars_cost_nothing_but_themselves(finished: Site, tmp_path: Path, faults: Faults) -> None:
+def test_hostile_tars_cost_nothing_but_themselves(finished_site: Site, tmp_path: Path, faults: Faults) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "untouched").write_text("as it was")
@@ -113,26 +113,26 @@ def test_hostile_tars_cost_nothing_but_themselves(finished: Site, tmp_path: Path
     lines = {name: faults(f"tar with {kind}") for kind, names in KINDS.items() for name in names.split()}
     for name in tars:
         lines[name].injected += 1
-    run_beside(finished, tars)
+    run_beside(finished_site, tars)
     assert [path.name for path in outside.iterdir()] == ["untouched"]
-    assert finished.command("verify").code == 0
-    assert finished.run().printed.startswith("nothing to do")
-    check_rows(finished, tars, lines)
+    assert finished_site.command("verify").code == 0
+    assert finished_site.run().printed.startswith("nothing to do")
+    check_rows(finished_site, tars, lines)
 
 
-def test_tars_that_are_cut_give_the_rows_of_their_whole_samples(finished: Site, faults: Faults) -> None:
+def test_tars_that_are_cut_give_the_rows_of_their_whole_samples(finished_site: Site, faults: Faults) -> None:
     line = faults("tar cut at every 512-byte boundary (run)")
     tar = plain(PHOTOGRAPHS[:4])
     cuts = range(BLOCK, len(tar), BLOCK * 3)
     tars = {f"{cut:06d}": Hostile(tar[:cut], whole_samples(cut), "") for cut in cuts}
     line.injected += len(tars)
     for name, content in tars.items():
-        (finished.photos / f"z-{name}.tar").write_bytes(content.content)
-    before = contents(finished.store)
-    assert finished.run().code == 0
-    assert same_or_grown(finished.store, before)
-    assert finished.command("verify").code == 0
-    check_rows(finished, tars, dict.fromkeys(tars, line))
+        (finished_site.photos / f"z-{name}.tar").write_bytes(content.content)
+    before = contents(finished_site.store)
+    assert finished_site.run().code == 0
+    assert same_or_grown(finished_site.store, before)
+    assert finished_site.command("verify").code == 0
+    check_rows(finished_site, tars, dict.fromkeys(tars, line))
 
 
 @pytest.mark.parametrize("cut", [1, 100, 511])

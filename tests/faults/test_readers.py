@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROWS_PER_SHARD, Finished
 from tests.faults.records import Line, markdown, terminal
 from tests.faults.survival import contents, count_rows, differing
+from tests.support.finished import ROWS_PER_SHARD, Finished
 
 UNUSABLE = {"broken", "words"}
 KEY_HASH = "samples/key_hash/c"
@@ -20,6 +20,7 @@ def rows(store: Path, finished_once: Finished) -> tuple[int, int]:
     return count_rows(store, sorted(finished_once.folder.glob("*.tar")), finished_once.path, UNUSABLE)
 
 
+@pytest.mark.slow
 def test_a_store_that_nothing_happened_to_has_every_row_once(finished: Finished, finished_once: Finished) -> None:
     assert rows(finished.path, finished_once) == (0, 0)
     assert differing(finished.path, contents(finished_once.path)) == []

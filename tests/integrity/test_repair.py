@@ -22,7 +22,7 @@ from statsvc.storage.lease import Lease
 from statsvc.storage.local import LocalBackend
 from statsvc.store.paths import COPIES, copy_path, fit_path, is_stored_twice, original_path
 from statsvc.store.sealed import seal
-from tests.conftest import SHARDS, Finished, in_process, plan_for
+from tests.support.finished import SHARDS, Finished, in_process, plan_for
 from tests.support.tiny import photograph, photographs, write_tar
 from workers.driver.refit import refit
 from workers.driver.worklist import Agenda
@@ -138,6 +138,7 @@ def all_changes(
 # --- damage to every object ---
 
 
+@pytest.mark.slow
 def test_every_object_in_one_round_or_another_is_damaged_named_and_restored(
     finished: Finished, stranger: dict[str, bytes]
 ) -> None:
@@ -198,6 +199,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SEVERAL)
 def test_several_things_at_once_are_restored(finished: Finished, what: str) -> None:
     how = "removed" if what.startswith("root") else "bit in the middle"
@@ -271,6 +273,7 @@ def grown(made: Finished) -> None:
     assert Agenda(made.plan).numbers == {"a.tar": 0, "b.tar": 1, "c.tar": 2, "A.tar": 3, "aa.tar": 4}
 
 
+@pytest.mark.slow
 def test_dataset_shards_get_their_old_numbers_and_the_fit_its_old_pilot(finished: Finished) -> None:
     grown(finished)
     before = finished.contents()
@@ -288,6 +291,7 @@ def test_dataset_shards_get_their_old_numbers_and_the_fit_its_old_pilot(finished
 # --- repair that is killed ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_repair_that_is_killed_at_any_removal_is_finished_by_the_next(
     finished: Finished, stranger: dict[str, bytes], seed: int, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from statsvc.storage import open_backend
 from statsvc.storage.fence import LEASE
 from statsvc.storage.lease import TIMING, Lease
 from statsvc.store.layout import moments_arrays, sample_arrays
-from tests.conftest import Finished
+from tests.support.finished import Finished
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -54,6 +54,7 @@ def test_all_objects_of_a_finished_store_are_accounted_for(finished: Finished) -
     assert take(open_backend(str(finished.path))) == ([], [])
 
 
+@pytest.mark.slow
 def test_work_that_was_not_committed_is_unfinished_and_no_damage(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from statsvc.store.arrays import write_chunk
 from statsvc.store.layout import moments_arrays
 from statsvc.store.paths import COPIES
 from statsvc.store.sealed import seal
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.plans import write_plan
 from workers.driver.worklist import Agenda
 
@@ -121,6 +121,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 # --- every kind of object, every kind of damage ---
 
 
+@pytest.mark.slow
 def test_damage_to_every_kind_of_object_is_found_under_its_path(finished: Finished) -> None:
     paths = one_of_each_kind(finished)
     assert len(paths) > 50
@@ -419,6 +420,7 @@ REPAIRS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["flipped", "missing"])
 @pytest.mark.parametrize("what", REPAIRS)
 def test_after_repair_a_run_restores_every_byte(finished: Finished, what: str, change: str) -> None:
@@ -487,8 +489,10 @@ def test_repair_says_nothing_can_be_removed_twice(finished: Finished) -> None:
     assert repair(str(finished.path), lines).removed == []
 
 
+@pytest.mark.slow
 def test_the_commands_themselves_restore_a_store(finished: Finished) -> None:
     """As a user does it, with a worker process of its own."""
+    pytest.importorskip("torch")
     command = [sys.executable, "-c", "from statsvc.cli import main; main()"]
     before = finished.contents()
     for path in [path for path in before if re.search(r"dino/(cache/.*/codes/c/0|moments/.*/mean/c/1)", path)]:

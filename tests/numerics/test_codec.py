@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,9 +20,7 @@ from statsvc.numerics.codec import CODECS, codec
 from statsvc.numerics.moments import Moments
 from statsvc.numerics.normalizations import fit
 from tests.support.features import TEACHERS, teacher_features
-from tests.support.libraries import each_library, host, one_torch_thread
-
-pytestmark = pytest.mark.usefixtures(one_torch_thread.__name__)
+from tests.support.libraries import each_library, host, tensor
 
 Library = Callable[[NDArray[Any]], Any]
 Float32 = NDArray[np.float32]
@@ -276,16 +273,16 @@ def test_a_row_takes_the_bytes_that_are_reckoned_with(dtype: str) -> None:
 def test_numpy_and_torch_write_the_same_bytes_and_read_each_other(dtype: str) -> None:
     y_BTk = np.clip(targets(), -6e4, 6e4)
     by_numpy = CODECS[dtype].encode(y_BTk)
-    by_torch = {name: host(array) for name, array in CODECS[dtype].encode(torch.from_numpy(y_BTk)).items()}
+    by_torch = {name: host(array) for name, array in CODECS[dtype].encode(tensor(y_BTk)).items()}
     for name, array in by_numpy.items():
         assert array.tobytes() == by_torch[name].tobytes()
-    decoded = CODECS[dtype].decode({name: torch.from_numpy(array) for name, array in by_numpy.items()}, 24)
+    decoded = CODECS[dtype].decode({name: tensor(array) for name, array in by_numpy.items()}, 24)
     assert np.array_equal(host(decoded), CODECS[dtype].decode(by_torch, 24))
 
 
 def test_numpy_and_torch_read_the_same_from_four_bits() -> None:
     by_numpy = CODECS["int4"].encode(targets())
-    decoded = CODECS["int4"].decode({name: torch.from_numpy(array) for name, array in by_numpy.items()}, 24)
+    decoded = CODECS["int4"].decode({name: tensor(array) for name, array in by_numpy.items()}, 24)
     assert np.array_equal(host(decoded), CODECS["int4"].decode(by_numpy, 24))
 
 

@@ -81,7 +81,7 @@ def check_width(dim: int, kind: str) -> None:
         assert participation(share_DD) >= 0.9, (dim, kind)
 
 
-@pytest.mark.parametrize("first", range(1, 600, 50))
+@pytest.mark.parametrize("first", [1, *(pytest.param(first, marks=pytest.mark.slow) for first in range(51, 600, 50))])
 def test_every_width_to_600_gets_equal_variances_from_flat_rows(first: int) -> None:
     for dim in range(first, first + 50):
         check_width(dim, SPECTRA[dim % len(SPECTRA)])
@@ -94,7 +94,7 @@ def test_widths_far_from_a_hadamard_matrix_bear_every_spectrum(dim: int, kind: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [770, 1023, 1537, 2047, 4095])
+@pytest.mark.parametrize("dim", [770, 1023, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (1537, 2047, 4095))])
 def test_large_widths_do_too(dim: int) -> None:
     check_width(dim, SPECTRA[dim % 4])
 
@@ -166,11 +166,16 @@ def test_fewer_rows_than_channels_share_the_variance_they_have() -> None:
     assert np.abs(polished_kD @ rows_kD.T @ rows_kD - polished_kD).max() <= 1e-13
 
 
-def test_a_width_of_1535_takes_less_than_three_seconds_of_one_processor() -> None:
-    covariance_DD = covariance_of(spectrum("exponential", 1535))
-    started = time.process_time()
-    rotation(covariance_DD)
-    assert time.process_time() - started < 3
+@pytest.mark.slow
+def test_a_width_of_1535_takes_less_than_ten_eigendecompositions() -> None:
+    """Of one processor, in its own time: how busy the machine is makes no difference. Measured: 3.5 of them."""
+    covariance_DD, seconds = covariance_of(spectrum("exponential", 1535)), []
+    for compute in (np.linalg.eigh, rotation):
+        with threadpool_limits(1):
+            started = time.process_time()
+            compute(covariance_DD)
+            seconds.append(time.process_time() - started)
+    assert seconds[1] < 10 * seconds[0]
 
 
 BITS = """

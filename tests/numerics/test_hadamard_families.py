@@ -74,7 +74,13 @@ def test_every_small_order_of_a_family_is_a_hadamard_matrix(family: Family, n: i
     assert is_hadamard(H_NN, n)
 
 
-@pytest.mark.parametrize("n", [1004, 1076, 1340, 2524, 2916, 3028, 3180, 3756, 3772, 3844, 4084, 4120])
+@pytest.mark.parametrize(
+    "n",
+    [
+        *(1004, 1076, 1340),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (2524, 2916, 3028, 3180, 3756, 3772, 3844, 4084, 4120)),
+    ],
+)
 def test_rows_of_large_orders_are_orthogonal_to_all_others(n: int) -> None:
     assert is_hadamard(hadamard(n), n, slice(0, n, n // 16))
 

@@ -41,7 +41,10 @@ def output_variances(matrix_kD: Floats, covariance_DD: Floats) -> Floats:
 
 @pytest.mark.parametrize(
     ("dim", "kind"),
-    [(dim, KINDS[i % len(KINDS)]) for i, dim in enumerate(WIDTHS)]
+    [
+        pytest.param(dim, KINDS[i % len(KINDS)], marks=[pytest.mark.slow] if dim > 1024 else [])
+        for i, dim in enumerate(WIDTHS)
+    ]
     + [(dim, kind) for dim in (12, 192) for kind in KINDS],
 )
 def test_phi_s_gives_every_channel_variance_one_at_every_width_and_for_every_spectrum(dim: int, kind: str) -> None:
@@ -220,6 +223,7 @@ def digests_with(threads: int) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_same_moments_give_the_same_digests_whatever_the_thread_settings() -> None:
     alone = digests_with(1)
     assert len(set(alone.split())) == len(METHODS)

@@ -7,9 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -24,6 +22,7 @@ from tests.storage.test_backends import BackendContract, start
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.http_stub import record_of
 from tests.support.s3_server import KEY, SECRET, S3Server
+from tests.support.waiting import wait_for
 
 # Each script is given the location of the storage.
 WRITE_PARTS_AND_WAIT = f"""
@@ -360,7 +359,9 @@ def test_a_pickled_backend_carries_no_credentials(storage: Backend) -> None:
 
 
 def test_a_forked_process_reads_and_writes_though_its_parent_did_before(storage: Backend) -> None:
-    ran = subprocess.run([sys.executable, "-c", FORK, location_of(storage)], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, location_of(storage)], capture_output=True, text=True, timeout=120
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     helper = int(ran.stdout.split()[-1])
     assert ran.stdout.split()[:-1] == ["FileNotFoundError", "StoreError"]
@@ -383,13 +384,6 @@ def location_of(storage: Backend) -> str:
 
 def sent_parts(s3_proxy: FaultyProxy) -> int:
     return len([path for method, path in s3_proxy.requests if method == "PUT" and "partNumber=" in path])
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def fetched(storage: Backend, path: str, data: bytes) -> bytes:

@@ -24,10 +24,11 @@ from statsvc.storage.disk_cache import DiskCache
 from statsvc.storage.http import resuming
 from statsvc.storage.http.backend import HttpBackend
 from statsvc.store.reader import Store, Targets
-from tests.conftest import Finished
 from tests.storage.test_backends import ReadingContract
+from tests.support.finished import Finished
 from tests.support.http_stub import Handler, Stub, record_of, stub
 from tests.support.service import Running
+from tests.support.waiting import wait_for
 
 DATA = os.urandom(1_000_000)
 RECORD = record_of("a/object", DATA)
@@ -103,13 +104,6 @@ def view(storage: CachedBackend, record: ObjectRecord = RECORD) -> bytes:
     assert found is not None
     assert found.readonly
     return bytes(found)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 class TestCachedBackend(ReadingContract):
@@ -193,6 +187,7 @@ def test_nothing_is_written(cached: CachedBackend) -> None:
             write()
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_object_at_once_fetch_it_once(server: Stub, folder: Path) -> None:
     go_on = threading.Event()
 
@@ -203,11 +198,11 @@ def test_processes_that_want_the_same_object_at_once_fetch_it_once(server: Stub,
     server.always = wait
     arguments = [server.url, str(folder), str(len(DATA)), RECORD.crc32c]
     running = [subprocess.Popen([sys.executable, "-c", VIEW, *arguments], stdout=-1, text=True) for _ in range(3)]
-    until(lambda: len(server.seen) > 0)
+    wait_for(lambda: len(server.seen) > 0)
     # All three hold the partial file open: one writes it, two wait for its lock.
-    until(lambda: sum(_has_open(process.pid, ".partial") for process in running) == 3)
+    wait_for(lambda: sum(_has_open(process.pid, ".partial") for process in running) == 3)
     go_on.set()
-    assert [int(process.communicate(timeout=30)[0]) for process in running] == [sum(DATA)] * 3
+    assert [int(process.communicate(timeout=120)[0]) for process in running] == [sum(DATA)] * 3
     assert len(server.seen) == 1
 
 
@@ -238,7 +233,7 @@ def idle() -> bool:
 def test_what_was_fetched_ahead_is_there(server: Stub, cached: CachedBackend, parts: list[ObjectRecord]) -> None:
     for _ in range(2):
         cached.prefetch(parts)
-        until(idle)
+        wait_for(idle)
         assert sorted(asked(server)) == list("0123456789")
     for record in parts:
         assert view(cached, record) == server.objects[record.path]
@@ -248,7 +243,7 @@ def test_what_was_fetched_ahead_is_there(server: Stub, cached: CachedBackend, pa
 def test_at_most_half_the_cache_is_fetched_ahead(server: Stub, folder: Path, parts: list[ObjectRecord]) -> None:
     cached = CachedBackend(HttpBackend(server.url), DiskCache(folder, 79), server.url)
     cached.prefetch(parts)
-    until(idle)
+    wait_for(idle)
     assert sorted(asked(server)) == list("012")
 
 
@@ -263,12 +258,12 @@ def test_what_waits_gives_way_to_what_is_wanted_next(
 
     server.always = wait
     cached.prefetch(parts[:5])
-    until(lambda: len(server.seen) > 0)
+    wait_for(lambda: len(server.seen) == 2, "both threads to ask")
     cached.prefetch(parts[8:])
     under_way = len(server.seen)
     cached.prefetch(parts[9:])
     go_on.set()
-    until(idle)
+    wait_for(idle)
     assert asked(server)[-1] == "9"
     assert len(server.seen) <= under_way + 2
     assert not {"3", "4", "8"} & set(asked(server))
@@ -279,7 +274,7 @@ def test_what_goes_wrong_ahead_is_raised_by_the_reader(
 ) -> None:
     del server.objects["part/1"]
     cached.prefetch(parts[:3])
-    until(idle)
+    wait_for(idle)
     assert view(cached, parts[2])
     assert len(server.seen) == 3
     with pytest.raises(FileNotFoundError):
@@ -300,7 +295,7 @@ def test_a_forked_process_fetches_ahead_by_itself(server: Stub, folder: Path) ->
         [sys.executable, "-c", FORK_WHILE_FETCHING, server.url, str(folder)], stdin=-1, stdout=-1, text=True
     ) as process:
         try:
-            printed, _ = process.communicate(crc32c_hex(crc32c(b"1")) + "\n", timeout=60)
+            printed, _ = process.communicate(crc32c_hex(crc32c(b"1")) + "\n", timeout=120)
         finally:
             go_on.set()
             process.kill()

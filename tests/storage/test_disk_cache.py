@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 
 from statsvc.errors import DamagedObject, DiskFull, PlanError
 from statsvc.storage.disk_cache import DiskCache
+from tests.support.waiting import wait_for
 
 # Each script is given the folder; it says "ready" in the middle of writing the file "a", and goes no further.
 WRITE_AND_WAIT = """
@@ -101,7 +101,7 @@ def in_time(get: Callable[[], object]) -> None:
     """Fails, where else it would hang."""
     thread = threading.Thread(target=get, daemon=True)
     thread.start()
-    thread.join(timeout=30)
+    thread.join(timeout=120)
     assert not thread.is_alive()
 
 
@@ -325,10 +325,11 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_begins_it_anew(cache: DiskC
 
 def until_open(count: int) -> None:
     """Wait until so many callers hold the partial file open: one writes it, the others wait for its lock."""
-    deadline = time.monotonic() + 30
-    while sum(_leads_to(link).endswith(".partial") for link in Path("/proc/self/fd").iterdir()) != count:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+
+    def partials() -> int:
+        return sum(_leads_to(link).endswith(".partial") for link in Path("/proc/self/fd").iterdir())
+
+    wait_for(lambda: partials() == count, f"{count} open partial files")
 
 
 def _leads_to(link: Path) -> str:

@@ -23,6 +23,7 @@ from statsvc.storage.http import body, connections, resuming
 from statsvc.storage.http.backend import HttpBackend
 from tests.storage.test_backends import ReadingContract
 from tests.support.http_stub import Handler, Stub, record_of, stub
+from tests.support.waiting import wait_for, wait_until_closed_by
 
 DATA = os.urandom(3_000_000)
 RECORD = record_of("a/object", DATA)
@@ -105,7 +106,7 @@ def test_a_connection_that_was_closed_meanwhile_is_replaced(
 
     server.next.append(close_in_silence)
     assert fetch(storage) == DATA
-    time.sleep(0.05)
+    wait_until_closed_by(server.server_address[1])
     assert fetch(storage) == DATA
     assert waits == []
 
@@ -195,7 +196,7 @@ def test_a_service_that_stays_busy_is_given_up_in_its_own_words(
         ("0", 0, 0),
         ("86400", 10, 10),
         ("9" * 400, 10, 10),
-        (formatdate(time.time() + 5000, usegmt=True), 10, 10),
+        (formatdate(4e9, usegmt=True), 10, 10),
         (formatdate(0, usegmt=True), 0, 0),
         ("-5", 0, 0),
         ("soon", 0, 0),
@@ -225,37 +226,24 @@ def test_where_nobody_listens_the_address_is_named(waits: list[float]) -> None:
 def test_a_service_that_never_answers_is_given_up(
     server: Stub, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "READ_SECONDS", 0.1)
-    ended = threading.Event()
-
-    def wait(handler: Handler) -> None:
-        ended.wait(10)
-        handler.reset()
-
-    server.always = wait
-    try:
-        with pytest.raises(StoreError, match="a/object: no answer in time"):
-            fetch(HttpBackend(server.url))
-    finally:
-        ended.set()
-    assert len(server.seen) == 3
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+    server.always = Handler.until_closed
+    with pytest.raises(StoreError, match="a/object: no answer in time"):
+        fetch(HttpBackend(server.url))
+    wait_for(lambda: len(server.seen) == 3, "the last request to be seen")
     assert len(waits) == 2
 
 
 def test_an_answer_that_stops_in_the_middle_is_resumed(server: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "READ_SECONDS", 0.1)
-    ended = threading.Event()
+    monkeypatch.setattr(connections, "READ_SECONDS", 1.0)
 
     def stop(handler: Handler) -> None:
+        monkeypatch.setattr(connections, "READ_SECONDS", 60.0)  # of the connection that comes next
         handler.behave(send=1_000_000)
-        handler.wfile.flush()
-        ended.wait(10)
+        handler.until_closed()
 
     server.next.append(stop)
-    try:
-        assert fetch(HttpBackend(server.url)) == DATA
-    finally:
-        ended.set()
+    assert fetch(HttpBackend(server.url)) == DATA
     assert len(server.seen) == 2
     assert server.ranges()[1] == f"bytes={1_000_000 // resuming.STEP_NBYTES * resuming.STEP_NBYTES}-{len(DATA) - 1}"
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from statsvc.storage.backend import Backend
 from statsvc.storage.fence import LEASE, RELEASED
 from statsvc.storage.lease import TIMING, Lease, Timing, driven_since, read_lease, start_of, this_machine
 from statsvc.storage.local import LocalBackend
+from tests.support.waiting import wait_for
 
 TOMBSTONE = b"statsvc: no object lies here".ljust(1009)  # what earlier versions left in a bucket
 HOLD = """
@@ -79,13 +80,6 @@ def held(storage: Backend, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     storage.write(LEASE, json.dumps(lease).encode())
     return lease
-
-
-def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_lease_is_there_while_it_is_held_and_released_afterwards(storage: Backend) -> None:
@@ -144,7 +138,7 @@ def test_a_killed_driver_that_nobody_has_reaped_yet_is_gone_too(
 ) -> None:
     # As in a container whose first process does not look after orphans.
     os.kill(holder.pid, signal.SIGKILL)
-    eventually(lambda: start_of(holder.pid) is None)
+    wait_for(lambda: start_of(holder.pid) is None)
     assert holder.pid in psutil.pids()
     with Lease(storage, SHORT_WATCH) as lease:
         lease.check()
@@ -238,7 +232,7 @@ def test_the_heartbeat_goes_on_while_the_lease_is_held(storage: Backend) -> None
             beats.add(json.loads(read_lease(storage) or b"{}")["heartbeat"])
             return len(beats) > 3
 
-        eventually(beat)
+        wait_for(beat)
     assert read_lease(storage) == RELEASED
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
 
@@ -255,7 +249,7 @@ def test_a_driver_whose_lease_was_taken_over_stops_and_leaves_the_new_one_alone(
                 return "another driver took it over" in str(error)
             return False
 
-        eventually(lost)
+        wait_for(lost)
         with pytest.raises(LeaseError, match="run again to go on"):
             lease.check()
     assert json.loads(read_lease(storage) or b"{}")["token"] == "of another"
@@ -264,10 +258,11 @@ def test_a_driver_whose_lease_was_taken_over_stops_and_leaves_the_new_one_alone(
 class Unreliable(LocalBackend):
     """A storage that cannot be written for a while."""
 
-    broken = False
+    broken, failed = False, 0
 
     def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         if self.broken:
+            self.failed += 1
             raise OSError(5, "Input/output error")
         return super().swap(path, expected, data)
 
@@ -276,11 +271,11 @@ def test_a_storage_that_fails_for_a_moment_does_not_cost_the_lease(tmp_path: Pat
     storage = Unreliable(str(tmp_path))
     with Lease(storage, QUICK) as lease:
         storage.broken = True
-        time.sleep(0.1)
+        wait_for(lambda: storage.failed > 2, "beats that fail")
         lease.check()
         storage.broken = False
         before = read_lease(storage)
-        eventually(lambda: read_lease(storage) != before)
+        wait_for(lambda: read_lease(storage) != before)
         lease.check()
 
 
@@ -305,11 +300,11 @@ def test_a_beat_that_arrives_after_it_was_given_up_does_not_cost_the_lease(tmp_p
     storage = Late(str(tmp_path))
     with Lease(storage, QUICK) as lease:
         storage.stalls = True
-        eventually(lambda: storage.late is not None or not storage.stalls)
+        wait_for(lambda: storage.late is not None or not storage.stalls)
         if not then_it_ends:
-            eventually(lambda: storage.late is None)
+            wait_for(lambda: storage.late is None)
             arrived = read_lease(storage)
-            eventually(lambda: read_lease(storage) != arrived)
+            wait_for(lambda: read_lease(storage) != arrived)
             lease.check()
     assert read_lease(storage) == RELEASED
 
@@ -327,7 +322,7 @@ def test_a_storage_that_fails_for_longer_than_a_lease_lasts_does(tmp_path: Path)
             return "its heartbeat cannot be written: [Errno 5]" in str(error)
         return False
 
-    eventually(lost)
+    wait_for(lost)
     lease.__exit__(None, None, None)
 
 
@@ -358,14 +353,14 @@ def test_of_many_that_take_over_a_dead_drivers_lease_one_holds_the_store(storage
         try:
             with lease:
                 answers.append("held")
-                done.wait(10)
+                done.wait(120)
         except LeaseError:
             answers.append("refused")
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
         thread.start()
-    eventually(lambda: len(answers) == 8)
+    wait_for(lambda: len(answers) == 8)
     done.set()
     for thread in threads:
         thread.join()
@@ -381,9 +376,8 @@ class TestADriverOfAnotherHost:
         return json.dumps({**lease, "heartbeat": now - age}).encode()
 
     def test_is_waited_for_until_its_lease_expires(self, storage: Backend) -> None:
+        begun, told = time.monotonic(), list[str]()
         storage.write(LEASE, self.held())
-        told: list[str] = []
-        begun = time.monotonic()
         Lease(storage, replace(SHORT_WATCH, expires=0.3)).wait_for_others(told.append)
         assert time.monotonic() - begun > 0.2
         assert len(told) == 1

@@ -10,8 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,10 +23,11 @@ from api.service import Service
 from api.serving import objects
 from api.serving.objects import REGION_NBYTES
 from api.serving.send import MAX_SLICE_NBYTES
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.ports import free_port
 from tests.support.service import Running, serving
 from tests.support.transfers import BIG, BIG_ROUTE, Client, connected, raw_socket, until_closed, with_big_shard
+from tests.support.waiting import wait_for
 
 RESET = struct.pack("ii", 1, 0)  # close at once, without the usual farewell
 GET_BIG = f"GET /zarr/{BIG} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -66,14 +66,6 @@ def service_of(running: Running) -> Service:
 
 def in_progress(running: Running) -> float | None:
     return service_of(running).metrics.registry.get_sample_value("statsvc_http_requests_in_progress")
-
-
-def soon(true: Callable[[], bool], what: str) -> None:
-    """Wait for what happens by itself in another thread."""
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 def open_files() -> list[str]:
@@ -133,7 +125,7 @@ def test_a_reader_that_stops_for_a_while_holds_up_no_one(running: Running, clien
             assert client(f"/zarr/{BIG}", [("Range", "bytes=0-99")]).body == big[:100]
         assert in_progress(running) == 1
         assert until_closed(stopped).endswith(big[-100_000:])
-    soon(lambda: in_progress(running) == 0, "the transfer did not end")
+    wait_for(lambda: in_progress(running) == 0, "the transfer did not end")
 
 
 def test_pipelined_requests_are_answered_in_their_order(running: Running, big: bytes) -> None:
@@ -183,7 +175,7 @@ def test_pages_that_must_come_from_disk_are_read_in_a_thread_and_exact(
 def test_nothing_is_left_of_fifty_clients_that_go_away_in_the_middle(running: Running, big: bytes) -> None:
     with connected(running) as client:
         assert client(f"/zarr/{BIG}").body == big  # from here on the shard is kept open
-    soon(lambda: in_progress(running) == 0 and not running.server.server_state.connections, "the first did not end")
+    wait_for(lambda: in_progress(running) == 0 and not running.server.server_state.connections, "the first did not end")
     gc.collect()  # of the services of other tests
     before = count(open_files())
     assert before[2] == 1
@@ -194,9 +186,9 @@ def test_nothing_is_left_of_fifty_clients_that_go_away_in_the_middle(running: Ru
             assert in_progress(running) == 1
             if number % 2:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        soon(lambda: in_progress(running) == 0, f"transfer {number} goes on without its client")
-        soon(lambda: not running.server.server_state.connections, "a connection stays open")
-    soon(lambda: count(open_files()) == before, f"{count(open_files())}: before it were {before}")
+        wait_for(lambda: in_progress(running) == 0, f"transfer {number} goes on without its client")
+        wait_for(lambda: not running.server.server_state.connections, "a connection stays open")
+    wait_for(lambda: count(open_files()) == before, f"{count(open_files())}: before it were {before}")
     with connected(running) as client:
         assert client(f"/zarr/{BIG}").body == big
 
@@ -208,7 +200,7 @@ def test_a_transfer_ends_with_its_client_whatever_else_was_asked_for(
     with raw_socket(running, receive_buffer=4096) as connection:
         connection.sendall(GET_BIG * requests)
         assert connection.recv(1000)
-    soon(lambda: in_progress(running) == 0, "the transfer goes on")
+    wait_for(lambda: in_progress(running) == 0, "the transfer goes on")
     labels = {"route": "/zarr/{path:path}"}
     sent = service_of(running).metrics.registry.get_sample_value("statsvc_http_response_bytes_total", labels)
     assert sent is not None
@@ -238,7 +230,7 @@ def test_a_shard_that_is_cut_while_it_is_sent_ends_that_transfer_alone(store: Pa
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
     try:
-        soon(lambda: b"startup complete" in (tmp_path / "log").read_bytes(), "the service does not start")
+        wait_for(lambda: b"startup complete" in (tmp_path / "log").read_bytes(), "the service does not start")
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", port))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from statsvc.cli import main
 from statsvc.store import export as export_module
 from statsvc.store.reader import Targets
-from tests.conftest import ABSENT, Finished
+from tests.support.finished import ABSENT, Finished
 from tests.support.service import Running
 
 ROWS = [row for row in range(21) if row not in ABSENT]

@@ -17,7 +17,7 @@ import statsvc
 from statsvc.integrity.verify import examine
 from statsvc.plan import Plan, read_plan
 from statsvc.progress import Display
-from tests.conftest import in_process
+from tests.support.finished import in_process
 from tests.support.fixture_stores import ARCHIVES, KINDS, RECORD, objects_of, targets_of, unpack
 from tests.support.service import serving
 from tests.support.tiny import photographs, write_tar

@@ -21,7 +21,7 @@ from statsvc.numerics.moments import Moments
 from statsvc.store.commits import Commit
 from statsvc.store.reader import Store
 from statsvc.store.status import describe
-from tests.conftest import ABSENT, Finished
+from tests.support.finished import ABSENT, Finished
 from tests.support.service import Running, serving
 
 

@@ -18,7 +18,7 @@ import zarr
 from obstore.store import HTTPStore
 from zarr.storage import FsspecStore, ObjectStore
 
-from tests.conftest import ABSENT, ROWS_PER_SHARD, Finished
+from tests.support.finished import ABSENT, ROWS_PER_SHARD, Finished
 from tests.support.service import Running, serving
 from tests.support.transfers import connected
 

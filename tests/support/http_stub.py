@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import socket
 import struct
+import termios
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
 from statsvc.digests import crc32c, crc32c_hex
 from statsvc.storage.backend import ObjectRecord
+from tests.support.waiting import wait_for
 
 Misbehaviour = Callable[["Handler"], None]
 
@@ -122,6 +125,18 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def until_arrived(self) -> None:
+        """Wait until the other side's kernel has all that was sent: a reset throws away what it has not."""
+        self.wfile.flush()
+        wait_for(lambda: not any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))), "the other side's kernel")
+
+    def until_closed(self) -> None:
+        """Send nothing more until the other side has given up."""
+        self.wfile.flush()
+        self.close_connection = True
+        with suppress(ConnectionError):
+            self.rfile.read(1)
 
     def reset(self) -> None:
         """End the connection so that the other side gets an error, not an end."""

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
-import time
+from contextlib import suppress
 
-WAIT_SECONDS = 30.0
+from tests.support.waiting import wait_for
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """One that nobody listens on; drawn from below those that the system gives to connections, or one could take it."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_until_listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Raises RuntimeError for a server that ended, or does not listen in time."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
+    """Fails for a server that ended, or does not listen in time."""
+
+    def listens() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"nobody listens on port {port}: {process.args!r} (exit {process.poll()})")
+        with suppress(OSError):
             socket.create_connection(("127.0.0.1", port)).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"nobody listens on port {port}: {process.args!r} (exit {process.poll()})") from None
-            time.sleep(0.05)
+            return True
+        return False
+
+    wait_for(listens, f"{process.args!r} on port {port}")

@@ -21,7 +21,7 @@ from tests.support.ports import free_port
 
 HEAD = "127.0.0.2"  # 127.0.0.1 is rewritten by Ray
 OBJECT_STORE_BYTES = 80 << 20
-START_SECONDS = 60
+START_SECONDS = 120
 
 
 class RayCluster:

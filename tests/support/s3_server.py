@@ -28,7 +28,7 @@ from tests.support.ports import free_port
 BUCKET = "shards"
 KEY, SECRET = "tests-key", "tests-s3cret"  # may do everything in that bucket, and list others
 ADMIN = "admin-key"
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import uvicorn
 from api.app import create_app
 from api.server import configure, listening_socket
 from api.settings import Settings
+from tests.support.waiting import wait_for
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,12 @@ def serving(store_path: Path | str, **settings: Any) -> Iterator[Running]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            while not server.started:
-                assert thread.is_alive(), "the server ended before it began"
-                time.sleep(0.01)
+            wait_for(lambda: server.started or not thread.is_alive(), "the server to begin")
+            assert server.started, "the server ended before it began"
             yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", Path(store_path), server)
         finally:
             server.should_exit = True
-            thread.join(timeout=40)
+            thread.join(timeout=120)
             assert not thread.is_alive(), "the server did not end"
 
 

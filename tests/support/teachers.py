@@ -24,7 +24,7 @@ from statsvc.plan import Plan, Teacher
 from statsvc.progress import Display
 from statsvc.store.reader import open_store
 from tests import ROOT
-from tests.conftest import in_process
+from tests.support.finished import in_process
 from tests.support.tiny import photographs, write_tar
 from workers.teachers import resolve
 from workers.unit.decoders import Decoders

@@ -50,7 +50,7 @@ class Client:
     """One kept connection. Sends what it is told to, with no header of its own but Host."""
 
     def __init__(self, running: Running) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+        self.connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
 
     def __call__(self, target: str, headers: Headers = (), method: str = "GET") -> Answer:
         self.connection.putrequest(method, target, skip_accept_encoding=True)
@@ -87,9 +87,18 @@ def raw_socket(running: Running, receive_buffer: int | None = None) -> Iterator[
     with socket.socket() as connection:
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.settimeout(60)
+        connection.settimeout(120)
         connection.connect(("127.0.0.1", running.port))
         yield connection
+
+
+def until(connection: socket.socket, ending: bytes) -> None:
+    """Read to that ending, in however many pieces it comes."""
+    received = b""
+    while not received.endswith(ending):
+        part = connection.recv(1 << 16)
+        assert part, f"closed after {received!r}"
+        received += part
 
 
 def until_closed(connection: socket.socket) -> bytes:

@@ -18,7 +18,7 @@ from statsvc.errors import AbsentRow, DamagedObject, NotFound, PlanError, ShardC
 from statsvc.plan import Data, Targets
 from statsvc.store.reader import open_store
 from statsvc.student import TargetDataset, decode
-from tests.conftest import PRESENT, ROWS_PER_SHARD, Finished, by_row, plan_for
+from tests.support.finished import PRESENT, ROWS_PER_SHARD, Finished, by_row, plan_for
 from tests.support.http_stub import stub
 from tests.support.service import Running
 from tests.support.stores import MadeTeacher, write_store
@@ -301,6 +301,7 @@ def test_images_come_from_a_server_through_the_cache(
             read("fresh")
 
 
+@pytest.mark.slow
 def test_the_student_sees_every_random_view_as_the_teachers_saw_it(
     finished: Finished, dinov2: Path, tmp_path: Path
 ) -> None:

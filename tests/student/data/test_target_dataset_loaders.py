@@ -22,9 +22,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from statsvc.errors import PlanError
 from statsvc.student import TargetDataset, decode
-from tests.conftest import Finished
 from tests.student.data.test_target_dataset import same
 from tests.support.ddp_rank import train
+from tests.support.finished import Finished
 from tests.support.ports import free_port
 from tests.support.stores import MadeTeacher, write_store
 
@@ -75,6 +75,7 @@ def all_same(one: list[Batch], other: list[Batch]) -> bool:
     return len(one) == len(other) and all(map(same, one, other))
 
 
+@pytest.mark.slow
 # Without shrinking: each example starts processes.
 @settings(
     max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=[Phase.reuse, Phase.generate]
@@ -183,6 +184,7 @@ def test_persistent_workers_are_told_of_each_epoch(location: Path) -> None:
         assert all_same(copied(batches), copied(iter(alone)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_hand_batches_over_in_one_piece_of_shared_memory(location: Path, context: str) -> None:
     for batch in loader(make(location), 1, multiprocessing_context=context):
@@ -239,7 +241,6 @@ def test_only_workers_know_how_far_they_are_so_the_batch_must_be_given(location:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_with_a_cuda_device_reused_buffers_are_pinned_and_codes_are_decoded_there(location: Path) -> None:
     decoded = copied(iter(make(location)))
     for step, batch in enumerate(make(location, decode=False, reuse_buffers=True)):
@@ -297,6 +298,7 @@ def test_lightning_trains_on_it_over_epochs_and_workers(location: Path, tmp_path
     assert seen[0] != seen[1]
 
 
+@pytest.mark.slow
 def test_ddp_ranks_have_as_many_batches_and_share_the_rows(location: Path) -> None:
     context, port = multiprocessing.get_context("spawn"), free_port()
     with context.Manager() as manager:
@@ -311,6 +313,7 @@ def test_ddp_ranks_have_as_many_batches_and_share_the_rows(location: Path) -> No
     assert sorted(results[0] + results[1]) == everything
 
 
+@pytest.mark.slow
 def test_images_and_targets_agree_in_workers_that_fork_and_that_spawn(finished_once: Finished) -> None:
     dataset = TargetDataset(finished_once.path, batch_size=5, image_size=16, outputs=None)
     alone = copied(iter(dataset))

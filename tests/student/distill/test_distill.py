@@ -41,7 +41,7 @@ from statsvc.student.distill.targets import Cached
 from statsvc.student.distill.training import rate
 from statsvc.student.distill.vit import Shape, Student, load_student
 from tests import ROOT
-from tests.conftest import MEAN, STD, Finished, by_row, in_process, plan_for
+from tests.support.finished import MEAN, STD, Finished, by_row, in_process, plan_for
 from tests.support.ports import free_port
 from tests.support.tiny import photographs, write_tar
 from workers.driver.run import run
@@ -492,6 +492,7 @@ def started(arguments: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_that_is_killed_leaves_what_a_rerun_goes_on_from(
     sent: signal.Signals, finished_once: Finished, tmp_path: Path
@@ -504,7 +505,7 @@ def test_a_process_that_is_killed_leaves_what_a_rerun_goes_on_from(
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.killpg(process.pid, sent)  # as a terminal sends Ctrl-C: to its readers too
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=300)
     assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), output + error
     assert "Traceback" not in error
     assert not (tmp_path / "out" / "report.json").exists()
@@ -515,12 +516,13 @@ def test_a_process_that_is_killed_leaves_what_a_rerun_goes_on_from(
     assert files(tmp_path / "out")["student.safetensors"] == files(tmp_path / "whole")["student.safetensors"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_student_and_measure_it_together(finished_once: Finished, tmp_path: Path) -> None:
     made = recipe(tmp_path / "out", loss={"balance": "ada"}, holdout=0)  # 17 rows to measure: one is repeated
     port = ["--master_port", str(free_port())]
     arguments = ["-m", "torch.distributed.run", "--nproc_per_node", "2", *port]
     process = started([*arguments, *command(finished_once.plan, made, tmp_path)])
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=300)
     assert process.returncode == 0, output + error
     assert output.count("a student of") == 1  # one of them tells
     assert set(files(tmp_path / "out")) == {"checkpoint.pt", "report.json", "student.safetensors"}

@@ -23,9 +23,6 @@ from statsvc.student.modules.fold import Order, fold_inverse
 from statsvc.student.modules.normalize import Denormalize
 from tests.student.modules.test_normalize import fitted
 from tests.support.features import TEACHERS
-from tests.support.libraries import needs_gpu, one_torch_thread
-
-pytestmark = pytest.mark.usefixtures(one_torch_thread.__name__)
 
 HALF_ULP = 2.0**-24
 WIDTH = 40  # channels that a layer takes
@@ -192,7 +189,7 @@ def test_modes_stay_and_so_does_what_is_trained() -> None:
     assert made.is_leaf
 
 
-@pytest.mark.parametrize("put", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("put", [pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_device_stays(put: str) -> None:
     layer = nn.Linear(WIDTH, 192).to(put)
     folded = fold_inverse(layer, fitted("phi-s"))

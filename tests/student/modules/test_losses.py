@@ -22,9 +22,6 @@ from torch import distributed, nn
 from statsvc.errors import PlanError
 from statsvc.student.modules.losses import LOSSES, AdaLoss, cosine, hybrid_mse, hybrid_smooth_l1, mse
 from tests.student.modules.test_normalize import each_file
-from tests.support.libraries import one_torch_thread
-
-pytestmark = pytest.mark.usefixtures(one_torch_thread.__name__)
 
 Float64 = NDArray[np.float64]
 

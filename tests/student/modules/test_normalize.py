@@ -28,15 +28,13 @@ from statsvc.numerics.transform import Transform
 from statsvc.student.modules.decode import decode
 from statsvc.student.modules.normalize import Denormalize, Normalize
 from tests.support.features import TEACHERS, teacher_features
-from tests.support.libraries import cuda, needs_gpu, one_torch_thread
-
-pytestmark = pytest.mark.usefixtures(one_torch_thread.__name__)
+from tests.support.libraries import cuda
 
 WHITENING = ("pca", "zca", "hca")
 # Hadamard matrices exist for the first only; 190 is built from the minor of a larger one.
 WIDTHS = (192, 190)
 each_device = pytest.mark.parametrize(
-    "put", [pytest.param(torch.from_numpy, id="cpu"), pytest.param(cuda, id="cuda", marks=needs_gpu)]
+    "put", [pytest.param(torch.from_numpy, id="cpu"), pytest.param(cuda, id="cuda", marks=pytest.mark.gpu)]
 )
 
 
@@ -168,7 +166,6 @@ def test_casting_the_model_around_them_leaves_their_numbers(cast: Callable[[nn.M
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_casting_and_moving_at_once_leaves_their_numbers() -> None:
     moved = Normalize(fitted("phi-s")).to("cuda", torch.bfloat16)
     assert (moved.matrix.device.type, moved.matrix.dtype) == ("cuda", torch.float32)

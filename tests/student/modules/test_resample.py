@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 
 from statsvc.errors import PlanError
 from statsvc.student.modules.resample import resample
-from tests.support.libraries import one_torch_thread
-
-pytestmark = pytest.mark.usefixtures(one_torch_thread.__name__)
 
 sides = st.integers(1, 9)
 grids = st.tuples(sides, sides)

@@ -36,9 +36,10 @@ from statsvc.store.commits import Failure
 from statsvc.store.layout import sample_arrays
 from statsvc.store.reader import open_store
 from statsvc.store.status import describe, print_status
-from tests.conftest import MEAN, STD, Finished, in_process, plan_for
+from tests.support.finished import MEAN, STD, Finished, in_process, plan_for
+from tests.support.in_process import FakeTeacher, Misbehaving
 from tests.support.service import serving
-from tests.support.tiny import FakeTeacher, Misbehaving, key_hash, photograph, photographs, write_tar
+from tests.support.tiny import key_hash, photograph, photographs, write_tar
 from tests.workers.estimate.test_estimate import told_of
 from tests.workers.unit.test_unit import Workshop
 from workers.estimate import estimate as estimate_module
@@ -277,6 +278,7 @@ def test_a_root_that_was_lost_comes_back_with_no_other_views(
     assert copied.contents() == made_once.contents()
 
 
+@pytest.mark.slow
 def test_neither_the_number_of_decoders_nor_an_index_in_advance_changes_a_byte(
     made_once: Finished, fresh: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from statsvc.numerics.moments import Moments
 from statsvc.numerics.views import Box, covered_tokens, extent, whole
 from statsvc.plan import Plan
 from statsvc.store.arrays import read_chunk
-from tests.conftest import ABSENT, Finished, in_process, plan_for
+from tests.support.finished import ABSENT, Finished, in_process, plan_for
 from tests.support.plans import TINY_SIGLIP
 from tests.support.tiny import photograph, write_tar
 from workers.driver.worklist import tokens_per_image

@@ -24,9 +24,11 @@ from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
 from statsvc.storage.fence import LEASE, RELEASED
 from statsvc.student import TargetDataset
-from tests.conftest import PRESENT, Finished, plan_for
+from tests.support.finished import PRESENT, Finished, plan_for
 from tests.support.plans import TINY_SIGLIP, write_plan
 from tests.support.s3_server import S3Server
+
+pytestmark = pytest.mark.slow
 
 THEIRS = {"run.json", "lease.json"}  # where things lie, and who runs
 

@@ -24,10 +24,11 @@ from statsvc.storage.local import LocalBackend
 from statsvc.store.arrays import declare_group
 from statsvc.store.commits import Commit, Ledger
 from statsvc.store.layout import FORMAT
-from tests.conftest import PRESENT, Features, Finished, plan_for
+from tests.support.finished import PRESENT, Features, Finished, plan_for
+from tests.support.in_process import FakeTeacher
 from tests.support.plans import plan_document, tiny_dino, write_plan
 from tests.support.service import serving
-from tests.support.tiny import FakeTeacher, photographs, write_tar
+from tests.support.tiny import photographs, write_tar
 from workers.unit.decoders import Decoders
 from workers.unit.job import TeacherJob, Unit
 from workers.unit.loaded_teacher import LoadedTeacher

@@ -15,7 +15,7 @@ from statsvc.integrity.verify import verify_store
 from statsvc.progress import Display
 from statsvc.store.reader import Store
 from statsvc.store.sealed import seal
-from tests.conftest import Finished, plan_for
+from tests.support.finished import Finished, plan_for
 from tests.support.tiny import photographs, write_tar
 from workers.driver.refit import refit
 
@@ -39,6 +39,7 @@ def unit_variance_error(store: Store, teacher: str, output: str) -> float:
     return float(np.abs(np.einsum("kd,de,ke->k", matrix, moments.covariance(), matrix) - 1).max())
 
 
+@pytest.mark.slow
 def test_a_refit_has_unit_variances_on_the_new_moments_and_its_targets_resemble_the_old(grown: Finished) -> None:
     old = {n: grown.store.teacher(n).transform("phi-s") for n in ("dino", "siglip")}
     assert refitted(grown) == 0
@@ -55,6 +56,7 @@ def test_a_refit_has_unit_variances_on_the_new_moments_and_its_targets_resemble_
         assert cosine > 0.9 > np.sum(y_old * fresh) / np.sqrt(np.sum(y_old**2) * np.sum(fresh**2))
 
 
+@pytest.mark.slow
 def test_a_refit_touches_no_cache_set_and_the_next_run_caches_beside_them(grown: Finished) -> None:
     before = grown.contents()
     assert refitted(grown) == 0
@@ -100,6 +102,7 @@ def test_a_fresh_refit_owes_nothing_to_the_old_one(grown: Finished) -> None:
     assert np.array_equal(teacher.transform("phi-s").matrix, expected.matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", [Finished.run, lambda made: refitted(made)], ids=["run", "refit"])
 def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
     grown: Finished, finish: Callable[[Finished], int], monkeypatch: pytest.MonkeyPatch
@@ -151,6 +154,7 @@ def test_a_missing_transform_of_an_earlier_fit_is_found(grown: Finished) -> None
     assert "needs it, and no run makes it anew" in damage.reason
 
 
+@pytest.mark.slow
 def test_a_missing_transform_that_a_fit_is_near_to_is_found_and_a_fresh_refit_does_without_it(
     grown: Finished,
 ) -> None:
@@ -208,6 +212,7 @@ def test_a_refit_takes_the_plans_new_rank(finished: Finished, dinov2: Path) -> N
     assert verify_store(str(other.path))[1] == []
 
 
+@pytest.mark.slow
 def test_a_method_that_was_refused_is_had_by_a_refit_with_more_images(finished: Finished, dinov2: Path) -> None:
     """17 summaries are too few for 32 channels; 47 are enough."""
     whitened = Finished(finished.folder, plan_for(finished.folder, dinov2, normalize="zca"))

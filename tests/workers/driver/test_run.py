@@ -26,6 +26,8 @@ from tests import ROOT
 from tests.support.plans import TINY_DINO, TINY_SIGLIP, plan_document, tiny_dino, write_plan
 from workers.demo import write_shard
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-c", "from statsvc.cli import main; main()"]
 LEFT_OUT = "run.json"  # holds where things lie, so it differs between folders
 

@@ -11,8 +11,8 @@ import pytest
 import statsvc.dataset.remote
 from statsvc.cli import cli
 from statsvc.errors import ShardChanged, ShardTooLarge
-from tests.conftest import in_process
 from tests.contracts.shard import tar_of
+from tests.support.finished import in_process
 from tests.support.http_stub import Stub, stub
 from tests.support.plans import TINY_SIGLIP, plan_document, write_plan
 from tests.support.tiny import photographs

@@ -28,6 +28,8 @@ from workers.teachers import resolve
 from workers.unit.job import Unit
 from workers.unit.worker import Failed, Ready, WorkerSetup
 
+pytestmark = pytest.mark.slow
+
 SECOND, THIRD = "127.0.0.3", "127.0.0.4"
 SHARDS = 12
 TIMEOUT = 120
@@ -229,7 +231,7 @@ def offspring(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def computing(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that live, less Ray's agents: they take a minute to see that their cluster is gone."""
-    return [process for process in psutil.wait_procs(processes, timeout=5)[1] if not process.name().endswith("Agent")]
+    return [process for process in psutil.wait_procs(processes, timeout=30)[1] if not process.name().endswith("Agent")]
 
 
 class TestAClusterOfItsOwn:

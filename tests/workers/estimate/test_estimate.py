@@ -28,9 +28,10 @@ from statsvc.numerics.codec import CODECS
 from statsvc.plan import Plan
 from statsvc.storage.local import LocalBackend
 from statsvc.store.layout import Output
-from tests.conftest import SHARDS, Finished, plan_for
+from tests.support.finished import SHARDS, Finished, plan_for
+from tests.support.in_process import FakeTeacher, seen_by
 from tests.support.plans import plan_document, write_plan
-from tests.support.tiny import FakeTeacher, photographs, seen_by, write_tar
+from tests.support.tiny import photographs, write_tar
 from workers.driver.worklist import Agenda
 from workers.estimate import estimate as estimate_module
 from workers.estimate import trial as trial_module
@@ -340,6 +341,7 @@ def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+@pytest.mark.slow
 def test_the_command_writes_nothing_and_prints_json_for_scripts(folder: Path) -> None:
     (folder / "photos").mkdir()
     write_tar(folder / "photos" / "a.tar", photographs("a", "b", "c", "d"))

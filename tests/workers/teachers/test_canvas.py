@@ -19,7 +19,7 @@ from statsvc.numerics.views import covered_tokens
 from statsvc.plan import Plan, Teacher
 from statsvc.progress import Display
 from statsvc.store.reader import open_store
-from tests.conftest import in_process
+from tests.support.finished import in_process
 from tests.support.teachers import assert_same, images, load, pixels, snr_of_a_run
 from tests.support.tiny import photographs, write_tar
 from tests.workers.teachers.test_sources_transformers import DINO, GIVEN, SAM, build
@@ -118,6 +118,7 @@ def test_the_canvas_is_part_of_the_fingerprint(dino: Path) -> None:
     assert "pad" not in fields()
 
 
+@pytest.mark.slow
 def test_int8_targets_of_a_run_give_back_the_features_of_the_kept_patches(
     sam: Path, tmp_path: Path, decoders: Decoders
 ) -> None:

@@ -14,6 +14,8 @@ from tests import ROOT
 from tests.support.teachers_env import PYTHON
 from workers.teachers import resolve
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

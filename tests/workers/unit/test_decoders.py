@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 
 from statsvc.dataset.decode import Resize, decode_views
 from statsvc.errors import EngineError, PlanError
+from tests.support.waiting import wait_for
 from workers.unit.decoders import ENVIRONMENT, Decoders
 
 RESIZES = (Resize(8, "bicubic"), Resize(4, "nearest"), Resize(8, "bicubic"))
@@ -173,9 +173,7 @@ def test_decoders_die_when_their_parent_is_killed() -> None:
         orphans = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(orphans) == 2
-    deadline = time.monotonic() + 10
-    while not all(map(ended, orphans)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: all(map(ended, orphans)), "the decoders to end")
     assert all(map(ended, orphans))
 
 

@@ -34,7 +34,8 @@ from statsvc.store.commits import Commit, Failure, Ledger
 from statsvc.store.copies import publish
 from statsvc.store.layout import FORMAT, cache_arrays, moments_arrays, sample_arrays, teacher_status
 from statsvc.store.paths import transform_path
-from tests.support.tiny import FakeTeacher, Misbehaving, key_hash, photographs, plain_image, seen_by, write_tar
+from tests.support.in_process import FakeTeacher, Misbehaving, seen_by
+from tests.support.tiny import key_hash, photographs, plain_image, write_tar
 from workers.teachers import resolve
 from workers.unit.decoders import Decoders
 from workers.unit.job import TeacherJob, Unit
@@ -532,7 +533,7 @@ def test_a_unit_that_fails_leaves_nothing_and_can_be_done_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests import test_unit
+from tests.workers.unit import test_unit
 from workers.unit.decoders import Decoders
 
 if __name__ == "__main__":
