@@ -13,7 +13,7 @@ from api.errors import Busy
 from api.serving.objects import Objects
 from api.serving.send import Sender
 from api.settings import Settings
-from api.state.counts import Census
+from api.state.counts import Counts
 from api.state.live_store import LiveStore
 from api.state.metrics import Metrics
 
@@ -27,9 +27,9 @@ class Service:
         self.settings, self.live, self.stopping = settings, live, stopping
         self.objects = Objects(live)
         self.sender = Sender(self.objects, settings.accel_prefix)
-        self.census = Census(live)
+        self.counts = Counts(live)
         self._few = threading.BoundedSemaphore(FEW)
-        self.metrics = Metrics(self.census)
+        self.metrics = Metrics(self.counts)
 
     @contextmanager
     def one_of_few(self) -> Iterator[None]:

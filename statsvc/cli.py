@@ -199,10 +199,10 @@ def export(location: str, file: Path, force: bool, **wish: Any) -> int:
 
     Beside FILE.npy, FILE.npy.rows.npy holds the number of each row.
     """
-    from statsvc.store.export import Wish
+    from statsvc.store.export import ExportRequest
     from statsvc.store.export import export as write
 
-    click.echo(write(location, Wish(**wish), file, force=force))
+    click.echo(write(location, ExportRequest(**wish), file, force=force))
     return DONE
 
 

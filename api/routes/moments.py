@@ -48,7 +48,7 @@ def read_moments(
     teacher.output(output)
     fits = [digest for digest in service.live.fits(teacher).get(output, {}).values() if isinstance(digest, str)]
     if not fits:
-        raise NotFitted(f"teacher {name} is being measured; ask again later", service.census.progress())
+        raise NotFitted(f"teacher {name} is being measured; ask again later", service.counts.progress())
     digest = service.live.moments_digest(fits[0])
     chosen = choose(request, format_, ("json", "npz"))
     etag = f'"{digest}-{chosen}-{dtype}"'

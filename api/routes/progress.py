@@ -25,7 +25,7 @@ REPEAT_SECONDS = 15.0  # also when nothing changes: a proxy in between would clo
 @router.get("/progress")
 def read_progress(service: ServiceDep) -> Progress:
     """Dataset shards, rows and bytes by teacher, and the rate of the last minute."""
-    return Progress(**service.census.progress())
+    return Progress(**service.counts.progress())
 
 
 @router.get("/events", response_class=EventSourceResponse)
@@ -44,7 +44,7 @@ async def stream_progress(service: ServiceDep) -> AsyncIterator[ServerSentEvent]
 def look(service: Service) -> tuple[str, dict[str, Any]]:
     """Name and data of the next event."""
     try:
-        return "progress", service.census.progress()
+        return "progress", service.counts.progress()
     except (StatsvcError, OSError) as error:
         found: dict[str, Any] = json.loads(bytes(answer(error).body))
         return "problem", found

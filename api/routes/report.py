@@ -11,7 +11,7 @@ from api.models import Report
 from api.openapi import problems
 from api.service import ServiceDep, TeacherName
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.storage.read_ahead import ahead
+from statsvc.storage.read_ahead import map_ahead
 from statsvc.store.drift import Drift, promise, shard_drift
 from statsvc.store.reader import Teacher
 
@@ -34,10 +34,10 @@ def read_report(
     with service.one_of_few():
         found = {
             set_: {
-                output: drift(teacher, output, set_, service.census.shards(name, set_, start)[:limit], damaged)
+                output: drift(teacher, output, set_, service.counts.shards(name, set_, start)[:limit], damaged)
                 for output in teacher.outputs
             }
-            for set_ in service.census.sets(name)
+            for set_ in service.counts.sets(name)
         }
     return Report(
         teacher=name,
@@ -71,7 +71,7 @@ def drift(teacher: Teacher, output: str, cache_set: str, numbers: list[int], dam
             return error
 
     found = []
-    for number, of_shard in zip(numbers, ahead(of, numbers, teacher.store.backend.concurrency), strict=True):
+    for number, of_shard in zip(numbers, map_ahead(of, numbers, teacher.store.backend.concurrency), strict=True):
         if isinstance(of_shard, DamagedObject):
             damaged.add(number)
         elif of_shard:

@@ -16,7 +16,7 @@ from api.openapi import problems
 from api.service import ServiceDep
 from statsvc.dataset.keys import key_hash
 from statsvc.errors import DamagedObject, NotFound
-from statsvc.storage.read_ahead import ahead
+from statsvc.storage.read_ahead import map_ahead
 from statsvc.store.arrays import read_chunk
 from statsvc.store.commits import Commit
 from statsvc.store.layout import STATUS_NAMES, sample_arrays, teacher_status
@@ -52,7 +52,7 @@ def read_sample(request: Request, service: ServiceDep, key: Key) -> Sample:
 
     with service.one_of_few():
         rows = list[Row]()
-        for found in ahead(matching, service.census.indexed(), store.backend.concurrency):
+        for found in map_ahead(matching, service.counts.indexed(), store.backend.concurrency):
             if isinstance(found, DamagedObject):
                 damaged += 1
             else:

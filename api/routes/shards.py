@@ -14,7 +14,7 @@ from api.service import Service, ServiceDep, TeacherName
 from api.serving.send import ObjectResponse
 from statsvc.errors import DamagedObject, NotFound
 from statsvc.numerics.codec import codec
-from statsvc.storage.read_ahead import ahead
+from statsvc.storage.read_ahead import map_ahead
 from statsvc.store.commits import Commit
 from statsvc.store.layout import ArraySpec, cache_arrays
 from statsvc.store.paths import set_dtype
@@ -58,7 +58,7 @@ def list_shards(
     array = choose_array(teacher, chosen, array)
     output = array.partition("/")[0]
     ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
-    numbers = service.census.shards(name, chosen, start)
+    numbers = service.counts.shards(name, chosen, start)
     entries, damaged, digest = [], [], None
 
     def read(number: int) -> Commit | DamagedObject | None:
@@ -68,7 +68,7 @@ def list_shards(
             return error
 
     page = numbers[:limit]
-    for number, commit in zip(page, ahead(read, page, service.live.backend.concurrency), strict=True):
+    for number, commit in zip(page, map_ahead(read, page, service.live.backend.concurrency), strict=True):
         if isinstance(commit, DamagedObject):
             damaged.append(number)
             continue
@@ -108,7 +108,7 @@ def read_shard(
 
 def choose_set(service: Service, teacher: Teacher, asked: str | None) -> str:
     """The cache set that was asked for, or the only one; those without a commit are none yet."""
-    there = service.census.sets(teacher.name)
+    there = service.counts.sets(teacher.name)
     if asked is None and len(there) == 1:
         return there[0]
     if asked is None and there:

@@ -28,7 +28,7 @@ def read_teacher(service: ServiceDep, name: TeacherName) -> TeacherCard:
 
 def card(service: Service, teacher: Teacher) -> TeacherCard:
     """What is known about a teacher."""
-    counts = service.census.counts()["teachers"].get(teacher.name)
+    counts = service.counts.now()["teachers"].get(teacher.name)
     base = f"/teachers/{teacher.name}"
     return TeacherCard(
         name=teacher.name,

@@ -98,7 +98,7 @@ def current(
     if not fits:
         raise NotFitted(
             f"teacher {name} is not fitted yet: the measure phase is going on; ask again later",
-            service.census.progress(),
+            service.counts.progress(),
         )
     found = fits.get(output, {}).get(method)
     if found is None:
@@ -113,7 +113,7 @@ def planned_teacher(service: Service, name: str) -> Teacher:
     try:
         return service.live.teacher(name)
     except NotFound:
-        progress = service.census.progress()
+        progress = service.counts.progress()
         if name in progress["teachers"]:
             raise NotFitted(f"teacher {name} is planned, and not measured yet; ask again later", progress) from None
         raise

@@ -11,7 +11,7 @@ from api.state.live_store import LiveStore
 from statsvc.errors import DamagedObject, NotAStore
 from statsvc.storage.backend import Backend
 from statsvc.storage.lease import driven_since
-from statsvc.storage.read_ahead import ahead
+from statsvc.storage.read_ahead import map_ahead
 from statsvc.store.commits import Commit
 from statsvc.store.index import read_summary
 from statsvc.store.paths import RUN, commit_path
@@ -66,7 +66,7 @@ class Tally:
                 return error
             return _figures(commit) if commit else None
 
-        for shard, figures in zip(new, ahead(read, new, store.backend.concurrency), strict=True):
+        for shard, figures in zip(new, map_ahead(read, new, store.backend.concurrency), strict=True):
             if isinstance(figures, DamagedObject):
                 self.damaged += 1
             elif figures is not None:
@@ -101,8 +101,8 @@ def _summary(store: Store) -> dict[int, Figures]:
     return {shard: Figures(entry.samples, 0, 0, ()) for shard, entry in read_summary(store.backend).items()}
 
 
-class Census:
-    """Tallies of the store, at most REFRESH_SECONDS old."""
+class Counts:
+    """Counts of the store, at most REFRESH_SECONDS old."""
 
     def __init__(self, live: LiveStore) -> None:
         self._live = live
@@ -119,7 +119,7 @@ class Census:
         self._history: deque[tuple[float, int]] = deque()
         self._counts: dict[str, Any] | None = None
 
-    def counts(self) -> dict[str, Any]:
+    def now(self) -> dict[str, Any]:
         """Indexed dataset shards, samples, rate, and what is measured, fitted and cached of each teacher.
 
         Raises NotAStore.
@@ -143,20 +143,20 @@ class Census:
 
     def sets(self, teacher: str) -> list[str]:
         """The cache sets that have a commit: the folder of one is there before anything is in it."""
-        counts = self.counts()["teachers"].get(teacher)
+        counts = self.now()["teachers"].get(teacher)
         if counts is None:
             return []
         return [name for name, found in counts["cached"].items() if found["dataset_shards"] or found["damaged_commits"]]
 
     def shards(self, teacher: str, cache_set: str, start: int = 0) -> list[int]:
         """The dataset shards that are cached, from `start` on, in order."""
-        self.counts()
+        self.now()
         tally = self._cached.get(teacher, {}).get(cache_set)
         return tally.shards(start) if tally else []
 
     def indexed(self) -> list[int]:
         """The dataset shards that are indexed, in order."""
-        self.counts()
+        self.now()
         return self._index.shards()
 
     def _count(self, store: Store) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Census:
     def progress(self) -> dict[str, Any]:
         """How far the run is; `state` is waiting (no store yet), running, stopped or finished."""
         try:
-            counts = self.counts()
+            counts = self.now()
         except NotAStore:
             return {**NOTHING_YET}
         planned, quarantined, names = self._run_record()

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from api.state.counts import Census
+from api.state.counts import Counts
 from statsvc.errors import StatsvcError
 
 STATES = ("waiting", "running", "stopped", "finished")
@@ -17,7 +17,7 @@ STATES = ("waiting", "running", "stopped", "finished")
 class Metrics:
     """One app's metrics, in a registry of their own."""
 
-    def __init__(self, census: Census) -> None:
+    def __init__(self, counts: Counts) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "statsvc_http_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
@@ -31,7 +31,7 @@ class Metrics:
         )  # fmt: skip
         self.in_progress = Gauge("statsvc_http_requests_in_progress", "Requests being answered", registry=self.registry)
         self.refused = Counter("statsvc_http_refused", "Requests told to come back: too many", registry=self.registry)
-        self.registry.register(_StoreCollector(census))
+        self.registry.register(_StoreCollector(counts))
         self._answered: dict[tuple[str, str, int], tuple[Counter, Counter, Histogram]] = {}
 
     def count(self, method: str, route: str, status: int, nbytes: int, seconds: float) -> None:
@@ -52,8 +52,8 @@ class Metrics:
 
 
 class _StoreCollector(Collector):
-    def __init__(self, census: Census) -> None:
-        self._census = census
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
 
     def describe(self) -> list[Metric]:
         return []  # which keeps the registry from counting the store when this is registered
@@ -61,7 +61,7 @@ class _StoreCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         damaged = GaugeMetricFamily("statsvc_store_damaged", "1 where nothing can be counted; /readyz says why")
         try:
-            progress = self._census.progress()
+            progress = self._counts.progress()
         except (StatsvcError, OSError):  # whoever watches the service must hear of it, and of the rest
             damaged.add_metric([], 1)
             yield damaged

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from statsvc.dataset.urls import SCHEMES, shown
 from statsvc.errors import PlanError, UnreadableShard
-from statsvc.storage.http.connections import Answer, Connections, Lost, Unreachable
+from statsvc.storage.http.connections import Answer, ConnectionLost, Connections, Unreachable
 from statsvc.storage.http.proxy import basic, origin
 from statsvc.storage.http.resuming import Attempts, ResumingReader, clean, number, seconds
 
@@ -110,7 +110,7 @@ class RemoteFile(ResumingReader):
         match status:
             case _ if status in RETRIED:
                 after = seconds(answer.header("Retry-After"), RETRY_AFTER_SECONDS)
-                return Lost(f"the server answers {status}", after)
+                return ConnectionLost(f"the server answers {status}", after)
             case 412 | 416 if resumed:
                 return self.changed(f"the server answers {status} to a request for the rest")
             case 404 | 410:

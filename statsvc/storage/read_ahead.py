@@ -1,4 +1,4 @@
-"""One call for each item, in order, several at a time where what they ask answers late."""
+"""Ordered map over threads with bounded look-ahead, for storage with latency."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
-AHEAD = 4  # calls that are begun or done before they are asked for, for each thread
+AHEAD = 4  # calls in flight or waiting to be yielded, for each thread
 
 
-def ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U, None, None]:
-    """What the function returns for each item; with one thread, it is called where it is asked for.
+def map_ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U, None, None]:
+    """Yield what the function returns for each item, in order; one thread means none: calls happen in the caller.
 
-    A bounded number of results is held. Closing the iterator cancels what has not begun.
+    Holds a bounded number of results. Closing the iterator cancels calls that have not begun.
     """
     if threads == 1:
         yield from map(function, items)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from statsvc.storage.backend import Backend, ObjectRecord
-from statsvc.storage.read_ahead import ahead
+from statsvc.storage.read_ahead import map_ahead
 from statsvc.store.paths import commit_folder, commit_path, commit_shard, parse
 from statsvc.store.sealed import not_as_written, seal, unseal
 
@@ -109,7 +109,7 @@ class Ledger:
         def load(shard: int) -> tuple[int, Commit | None]:
             return shard, self.load(commit_path(phase, shard, teacher, set_))
 
-        return ahead(load, wanted, self._backend.concurrency)
+        return map_ahead(load, wanted, self._backend.concurrency)
 
     def load(self, path: str) -> Commit | None:
         """The commit at a path, or None where that unit was not done; nothing is kept."""

@@ -42,7 +42,7 @@ SPELLED = {"cache_set": "--set"}
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ExportRequest:
     """What to export; None stands for what the user left open.
 
     rows  "0,5,9", "0:1000" or both; a range means those of its rows that have a target
@@ -73,44 +73,48 @@ class Wish:
         return chosen, self.dtype or DTYPES[chosen][0]
 
 
-def export(location: str, wish: Wish, file: Path, *, force: bool = False) -> str:
+def export(location: str, request: ExportRequest, file: Path, *, force: bool = False) -> str:
     """Write one file, and say what it holds. Raises PlanError for all that is not there or not allowed."""
-    chosen, dtype = wish.settled(file)
+    chosen, dtype = request.settled(file)
     _check_target(file, force)
     if chosen == "npy":
         _check_target(rows_file(file), force)
     store = open_store(location)
     try:
-        teacher = store.teacher(wish.teacher)
+        teacher = store.teacher(request.teacher)
         if chosen == "npy":
-            return _export_targets(_chosen_targets(teacher, wish), wish, file, dtype)
-        transform = _chosen_transform(store, teacher, wish)
+            return _export_targets(_chosen_targets(teacher, request), request, file, dtype)
+        transform = _chosen_transform(store, teacher, request)
     except NotFound as error:  # here it is an argument that names what is not there
         raise PlanError(str(error)) from error
-    data = ENCODE[chosen](transform, dtype, wish.inverse)
+    data = ENCODE[chosen](transform, dtype, request.inverse)
     with _writing(file) as (out,):
         out.write(data)
     return (
-        f"wrote the {'inverse of the ' if wish.inverse else ''}{transform.method} transform of {wish.teacher} "
+        f"wrote the {'inverse of the ' if request.inverse else ''}{transform.method} transform of {request.teacher} "
         f"{transform.output}, {len(transform.mean)} to {transform.rank} channels, digest {transform.digest}, "
         f"to {file}: {len(data)} bytes"
     )
 
 
-def _chosen_transform(store: Store, teacher: Teacher, wish: Wish) -> Transform:
-    if wish.digest is None:
-        return teacher.transform(wish.method or "phi-s", wish.output or "patches")
-    if wish.method is not None:
+def _chosen_transform(store: Store, teacher: Teacher, request: ExportRequest) -> Transform:
+    if request.digest is None:
+        return teacher.transform(request.method or "phi-s", request.output or "patches")
+    if request.method is not None:
         raise PlanError("--method and --digest both choose the transform; give one of them")
-    if not re.fullmatch(r"[0-9a-f]{64}", wish.digest):
-        raise PlanError(f"--digest {wish.digest!r}: a digest has 64 hex digits; `statsvc status --json` lists them")
-    if store.backend.size(transform_path(wish.digest)) is None:
-        raise PlanError(f"--digest {wish.digest}: no such transform in this store; `statsvc status --json` lists them")
-    transform = store.transform(wish.digest)
+    if not re.fullmatch(r"[0-9a-f]{64}", request.digest):
+        raise PlanError(f"--digest {request.digest!r}: a digest has 64 hex digits; `statsvc status --json` lists them")
+    if store.backend.size(transform_path(request.digest)) is None:
+        raise PlanError(
+            f"--digest {request.digest}: no such transform in this store; `statsvc status --json` lists them"
+        )
+    transform = store.transform(request.digest)
     if transform.fingerprint != teacher.fingerprint:
-        raise PlanError(f"--digest {wish.digest}: not of teacher {teacher.name}; name the teacher it was fitted to")
-    if wish.output not in (None, transform.output):
-        raise PlanError(f"--digest {wish.digest}: of {transform.output}, not of {wish.output}; leave --output out")
+        raise PlanError(f"--digest {request.digest}: not of teacher {teacher.name}; name the teacher it was fitted to")
+    if request.output not in (None, transform.output):
+        raise PlanError(
+            f"--digest {request.digest}: of {transform.output}, not of {request.output}; leave --output out"
+        )
     return transform
 
 
@@ -122,32 +126,34 @@ def rows_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.rows.npy")
 
 
-def _chosen_targets(teacher: Teacher, wish: Wish) -> Targets:
+def _chosen_targets(teacher: Teacher, request: ExportRequest) -> Targets:
     sets = teacher.cache_sets()
-    if wish.cache_set not in sets and (wish.cache_set is not None or len(sets) != 1):
+    if request.cache_set not in sets and (request.cache_set is not None or len(sets) != 1):
         there = ", ".join(sets) or "none yet: the cache phase comes last"
         raise PlanError(f"--set chooses one of the cache sets of {teacher.name}; there are {there}")
-    chosen = wish.cache_set or sets[0]
-    if wish.method is not None and not (is_raw(chosen) and wish.space == "normalized"):
+    chosen = request.cache_set or sets[0]
+    if request.method is not None and not (is_raw(chosen) and request.space == "normalized"):
         raise PlanError(
-            f"--method {wish.method}: it chooses how raw features are normalized, with --space normalized; the cache "
-            f"set {chosen} in this space needs no choice: leave it out"
+            f"--method {request.method}: it chooses how raw features are normalized, with --space normalized; the "
+            f"cache set {chosen} in this space needs no choice: leave it out"
         )
-    return teacher.targets(wish.output or "patches", chosen, wish.method)
+    return teacher.targets(request.output or "patches", chosen, request.method)
 
 
-def _export_targets(targets: Targets, wish: Wish, file: Path, dtype: str) -> str:
-    space, row_N = wish.space or "teacher", chosen_rows(targets, wish.rows)
+def _export_targets(targets: Targets, request: ExportRequest, file: Path, dtype: str) -> str:
+    space, row_N = request.space or "teacher", chosen_rows(targets, request.rows)
     if not len(row_N):
-        raise PlanError(f"no row of {wish.teacher} to export{f' in --rows {wish.rows}' if wish.rows else ' yet'}")
+        raise PlanError(
+            f"no row of {request.teacher} to export{f' in --rows {request.rows}' if request.rows else ' yet'}"
+        )
     try:
         tokens, channels = _write_targets(targets, row_N, file, space, dtype)
     except AbsentRow as error:
-        if wish.rows is None:
+        if request.rows is None:
             raise
         raise PlanError(f"--rows: {error}; a range such as 0:1000 takes those that have a target") from error
     return (
-        f"wrote {targets.output} of {wish.teacher} in the {space} space, {len(row_N)} rows of {tokens} tokens x "
+        f"wrote {targets.output} of {request.teacher} in the {space} space, {len(row_N)} rows of {tokens} tokens x "
         f"{channels} channels as {dtype}, to {file}, and their row numbers to {rows_file(file)}"
     )
 

@@ -31,7 +31,7 @@ import torch
 import statsvc
 import statsvc.cli
 import workers.driver.run
-from api.state.counts import Census
+from api.state.counts import Counts
 from api.state.live_store import LiveStore
 from statsvc.dataset.decode import Resize, decode_views
 from statsvc.numerics.views import CENTER
@@ -133,10 +133,10 @@ def read(location: str) -> dict[str, float]:
 
 def count(location: str) -> dict[str, float]:
     """Seconds that the service's counting takes: all commits, and then those that are new, of which there are none."""
-    census, figures = Census(LiveStore(open_backend(location))), dict[str, float]()
-    figures["first"] = seconds(census.counts)
-    census._taken = census._took = -math.inf
-    figures["again"] = seconds(census.counts)
+    counts, figures = Counts(LiveStore(open_backend(location))), dict[str, float]()
+    figures["first"] = seconds(counts.now)
+    counts._taken = counts._took = -math.inf
+    figures["again"] = seconds(counts.now)
     return figures
 
 

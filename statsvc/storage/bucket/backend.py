@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from statsvc.errors import DamagedObject, PlanError, StoreError
 from statsvc.storage.backend import Fill, ObjectRecord, check_path
-from statsvc.storage.bucket.client import Changed, Client, Lost, Meta, split
+from statsvc.storage.bucket.client import Changed, Client, Meta, StorageLost, split
 from statsvc.storage.bucket.forked import connect
 from statsvc.storage.bucket.transfers import ObjectUpload, Ranges
 from statsvc.storage.per_process import PerProcess
@@ -111,7 +111,7 @@ class ObjectBackend:
                 return True
             except Changed:  # by another one, so it is looked at again
                 pass
-            except Lost:
+            except StorageLost:
                 unsure = True
                 if time.monotonic() + pause > end:
                     raise
@@ -140,7 +140,7 @@ class ObjectBackend:
             except (Changed, FileNotFoundError):
                 return
             except StoreError as error:
-                if not isinstance(error, Lost) or attempt == CHECKS:
+                if not isinstance(error, StorageLost) or attempt == CHECKS:
                     raise PlanError(f"store: {error}") from None
                 time.sleep(0.5)
         self.remove(path)
@@ -152,7 +152,7 @@ class ObjectBackend:
     def exists(self) -> bool:
         try:
             return _head(self._quick, "zarr.json") is not None
-        except Lost:  # once more, and no longer: somebody may wait who mistyped an address
+        except StorageLost:  # once more, and no longer: somebody may wait who mistyped an address
             time.sleep(0.5)
             return _head(self._quick, "zarr.json") is not None
 

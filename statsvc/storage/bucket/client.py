@@ -49,7 +49,7 @@ class Changed(Exception):
     """The object is not, or is no longer, the one that was meant."""
 
 
-class Lost(StoreError):
+class StorageLost(StoreError):
     """No answer, or one of a server in trouble: whether the request was carried out is not known.
 
     final  it was sent again and again
@@ -177,7 +177,7 @@ class Client:
         for _ in range(RETRIES if self._retry_seconds else 0):
             try:
                 return self._ask(path, use)
-            except Lost as error:
+            except StorageLost as error:
                 if error.final or time.monotonic() + pause > end:
                     raise
             time.sleep(pause * random.uniform(0.5, 1))
@@ -213,7 +213,9 @@ class Client:
             )
         if status is None or status >= 500 or status in (408, 429):
             needed = "" if at or self.kind != "s3" else "; a bucket outside of AWS needs AWS_ENDPOINT_URL"
-            lost = Lost(f"{where}: {why}; check that the storage{at} is up and can be reached{needed}, then run again")
+            lost = StorageLost(
+                f"{where}: {why}; check that the storage{at} is up and can be reached{needed}, then run again"
+            )
             lost.final = " retries, max_retries" in text
             return lost
         return StoreError(f"{where}: {why}; check that the storage{at} supports this request")

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, cast
 
-from statsvc.storage.bucket.client import Changed, Client, Lost, Meta
+from statsvc.storage.bucket.client import Changed, Client, Meta, StorageLost
 
 WINDOW_NBYTES, WINDOWS_AHEAD = 8 << 20, 3  # of a long range: one stream alone is slow
 
@@ -97,7 +97,7 @@ class ObjectUpload:
         self.file.close()
         try:
             self._client.step(self._path, self._parts.close)
-        except Lost:  # the answer, and perhaps no more than that
+        except StorageLost:  # the answer, and perhaps no more than that
             there = self._there()
             if there is None or there == self._before or there.size != self._nbytes:
                 raise

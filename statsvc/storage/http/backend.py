@@ -11,7 +11,7 @@ from statsvc.errors import PlanError, StoreError
 from statsvc.storage.backend import Fill, ObjectRecord, Upload, check_path
 from statsvc.storage.http.body import Body
 from statsvc.storage.http.resuming import number
-from statsvc.storage.http.service import PATIENT, QUICK, Replaced, Service
+from statsvc.storage.http.service import PATIENT, QUICK, Replaced, ServiceClient
 
 RESTARTS = 3  # of an object that is replaced again and again, or cannot be resumed
 
@@ -23,7 +23,7 @@ class HttpBackend:
 
     def __init__(self, location: str, token: str | None = None) -> None:
         """`token` is that of the service; without it, the environment variable STATSVC_TOKEN."""
-        self._service = Service(location, token)
+        self._service = ServiceClient(location, token)
 
     def __repr__(self) -> str:
         return f"HttpBackend({self._service.url!r})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statsvc.errors import StoreError
 from statsvc.storage.http.connections import Answer
 from statsvc.storage.http.resuming import ResumingReader, clean, number
-from statsvc.storage.http.service import PATIENT, Replaced, Service
+from statsvc.storage.http.service import PATIENT, Replaced, ServiceClient
 
 WHOLE_NBYTES = 512 << 20  # the largest object that is read whole: a transform of 5000 channels has 400 MB
 
@@ -19,7 +19,7 @@ class Body(ResumingReader):
     exact = True
 
     def __init__(
-        self, service: Service, path: str, begin: int = 0, end: int | None = None, etag: str | None = None,
+        self, service: ServiceClient, path: str, begin: int = 0, end: int | None = None, etag: str | None = None,
         size: int | None = None, waits: tuple[float, ...] = PATIENT,
     ) -> None:  # fmt: skip
         super().__init__(service.attempts(path, waits), begin, end, {"ETag": etag} if etag else None, size)

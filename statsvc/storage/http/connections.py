@@ -23,7 +23,7 @@ TRUST = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # environment variables that the defa
 KEPT = 16  # connections; more threads than that get one each, which is closed after use
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """No answer, or one that broke off; another attempt may do.
 
     after  seconds to wait before that, at least
@@ -50,15 +50,15 @@ class Answer:
         return self._response.headers.get(name)
 
     def readinto(self, out: memoryview) -> int:
-        """Fill a part of `out`, at least a byte; how many it were. Raises Lost."""
+        """Fill a part of `out`, at least a byte; how many it were. Raises ConnectionLost."""
         with _lost():
             count = self._response.readinto(out)
         if not count and len(out):
-            raise Lost("the answer broke off")
+            raise ConnectionLost("the answer broke off")
         return count
 
     def read(self, nbytes: int) -> bytes:
-        """At most so many bytes. Raises Lost."""
+        """At most so many bytes. Raises ConnectionLost."""
         with _lost():
             return self._response.read(nbytes)
 
@@ -90,7 +90,7 @@ class Connections:
         weakref.finalize(self, _close, self._idle)
 
     def request(self, method: str, target: str, headers: dict[str, str]) -> Answer:
-        """Raises Lost or Unreachable. A kept connection may have been closed by the other side just now."""
+        """Raises ConnectionLost or Unreachable. A kept connection may have been closed by the other side just now."""
         if self._proxy and not self._context:
             port = "" if self._port == PORTS["http"] else f":{self._port}"  # a signature may cover the Host header
             target, headers = f"http://{self._name}{port}{target}", headers | self._proxy.headers
@@ -163,7 +163,7 @@ def _tunnel(proxy: Proxy, netloc: str) -> socket.socket:
         if 400 <= response.status < 500:
             raise Unreachable(f"the proxy of {proxy.variable} refuses to connect ({response.status})")
         if response.status != 200:
-            raise Lost(f"the proxy of {proxy.variable} answers {response.status}")
+            raise ConnectionLost(f"the proxy of {proxy.variable} answers {response.status}")
     except BaseException:
         tunnel.close()
         raise
@@ -184,20 +184,20 @@ def _trust(*_environment: str | None) -> ssl.SSLContext:
 
 @contextmanager
 def _lost(through: str = "") -> Iterator[None]:
-    """What the standard library raises for a connection, as Lost or Unreachable."""
+    """What the standard library raises for a connection, as ConnectionLost or Unreachable."""
     try:
         yield
     except TimeoutError as error:
-        raise Lost(f"{through}no answer in time", slow=True) from error
+        raise ConnectionLost(f"{through}no answer in time", slow=True) from error
     except ssl.SSLCertVerificationError as error:
         raise Unreachable(
             f"its certificate is not trusted: {error.verify_message}; name a file with the authority's own in "
             "SSL_CERT_FILE"
         ) from error
     except OSError as error:
-        raise Lost(f"{through}{error or type(error).__name__}") from error
+        raise ConnectionLost(f"{through}{error or type(error).__name__}") from error
     except HTTPException as error:  # its text may repeat what the other side sent, even a secret of ours
-        raise Lost(f"{through}a malformed answer ({type(error).__name__})") from error
+        raise ConnectionLost(f"{through}a malformed answer ({type(error).__name__})") from error
 
 
 def _silent(connection: HTTPConnection) -> bool:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import ClassVar, TypeVar
 
-from statsvc.storage.http.connections import Answer, Lost
+from statsvc.storage.http.connections import Answer, ConnectionLost
 
 log = logging.getLogger("statsvc")
 
@@ -44,10 +44,10 @@ class Attempts:
         while True:
             try:
                 return step()
-            except Lost as error:
+            except ConnectionLost as error:
                 self._failed(error)
 
-    def _failed(self, error: Lost) -> None:
+    def _failed(self, error: ConnectionLost) -> None:
         """Wait before the next attempt. Raises where there is to be none."""
         wait = self._waits[self._failures] if self._failures < len(self._waits) else 0
         self._made += 1
@@ -98,7 +98,7 @@ class ResumingReader(ABC):
 
     @abstractmethod
     def ask(self, headers: dict[str, str]) -> Answer:
-        """An answer of status 200 or 206. Raises Lost, or the error for any other answer.
+        """An answer of status 200 or 206. Raises ConnectionLost, or the error for any other answer.
 
         headers  a range, if this is not the first request for a whole file
         """

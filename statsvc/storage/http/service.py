@@ -9,7 +9,7 @@ from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
 from statsvc.errors import DamagedObject, PlanError, StoreError
-from statsvc.storage.http.connections import Answer, Connections, Lost, Unreachable
+from statsvc.storage.http.connections import Answer, ConnectionLost, Connections, Unreachable
 from statsvc.storage.http.proxy import origin
 from statsvc.storage.http.resuming import Attempts, clean, seconds
 
@@ -22,7 +22,7 @@ RETRIED = (429, 502, 503, 504)
 DETAIL_NBYTES = 1 << 16  # of an error's own words
 
 
-class Service:
+class ServiceClient:
     """One service. Never says its token.
 
     url  without a slash at its end
@@ -38,8 +38,8 @@ class Service:
         self._prefix = parts.path
         self._connections = Connections(parts.scheme, parts.hostname or "", parts.port)
 
-    def __reduce__(self) -> tuple[type[Service], tuple[str, str]]:
-        return Service, (self.url, self.token)  # connections stay in their process
+    def __reduce__(self) -> tuple[type[ServiceClient], tuple[str, str]]:
+        return ServiceClient, (self.url, self.token)  # connections stay in their process
 
     def attempts(self, path: str, waits: tuple[float, ...] = PATIENT) -> Attempts:
         where = f"{self.url}: {path}"
@@ -52,7 +52,7 @@ class Service:
         )
 
     def request(self, method: str, path: str, headers: dict[str, str]) -> Answer:
-        """The answer to one request for an object, its body unread. Raises Lost for none, StoreError for good."""
+        """The answer to one request, its body unread. Raises ConnectionLost if a retry may help, else StoreError."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "statsvc", **headers}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
@@ -61,7 +61,7 @@ class Service:
         except Unreachable as error:
             raise StoreError(f"{self.url}: {error}") from error
         if answer.status in RETRIED:
-            raise Lost(self._says(answer), after=seconds(answer.header("Retry-After"), RETRY_AFTER_SECONDS))
+            raise ConnectionLost(self._says(answer), after=seconds(answer.header("Retry-After"), RETRY_AFTER_SECONDS))
         return answer
 
     def refusal(self, path: str, answer: Answer) -> Exception:
@@ -94,7 +94,7 @@ class Service:
         words = f"it answers {answer.status}"
         try:
             words += f" ({self.clean(json.loads(answer.read(DETAIL_NBYTES))['detail'])})"
-        except (Lost, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ConnectionLost, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a proxy's page, or nothing
         finally:
             answer.close()

@@ -22,7 +22,7 @@ from statsvc.store.reader import Store, Targets
 from statsvc.student.data.buffers import Shape, Slab
 from statsvc.student.data.epoch_order import Picked
 from statsvc.student.data.images import Images
-from statsvc.student.data.rows import Census
+from statsvc.student.data.rows import TrainingRows
 from statsvc.student.modules.decode import decode
 
 KEPT_SHARDS = 256  # whose rows and hashes are kept in memory
@@ -30,7 +30,7 @@ Arrays = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Wish:
+class Contents:
     """What of each row is wanted. space None: codes and scales, or values, as they are stored."""
 
     space: str | None
@@ -41,13 +41,18 @@ class Reader:
     """Reads the rows of batches into slabs. Belongs to one process and one thread."""
 
     def __init__(
-        self, store: Store, targets: dict[str, dict[str, Targets]], census: Census, wish: Wish, images: Images | None
+        self,
+        store: Store,
+        targets: dict[str, dict[str, Targets]],
+        training_rows: TrainingRows,
+        contents: Contents,
+        images: Images | None,
     ) -> None:
         self.store, self.targets = store, targets
-        self._census, self._wish, self._images = census, wish, images
+        self._training_rows, self._contents, self._images = training_rows, contents, images
         self._scratch: dict[str, NDArray[Any]] = {}
         # Bounded: an epoch takes one window of dataset shards after the other.
-        self._rows_of = lru_cache(KEPT_SHARDS)(lambda shard: census.rows_of(shard, targets))
+        self._rows_of = lru_cache(KEPT_SHARDS)(lambda shard: training_rows.rows_of(shard, targets))
         self._hashes = lru_cache(KEPT_SHARDS)(store.key_hashes)
         self._transform = lru_cache(maxsize=None)(
             lambda targets: targets.transform.arrays_like(torch.zeros(0, dtype=torch.float32))
@@ -59,13 +64,13 @@ class Reader:
         if self._images is not None:
             arrays.append(self._images.pixels.shape(rows))
         for outputs in self.targets.values():
-            arrays += [((rows,), torch.bool)] * self._wish.masked
+            arrays += [((rows,), torch.bool)] * self._contents.masked
             arrays += [array for targets in outputs.values() for array in self._arrays(targets, rows).values()]
         return Slab.size(arrays)
 
     def read(self, picked: Picked, slab: Slab) -> dict[str, Any]:
         """The batch of these rows; its arrays lie in the slab."""
-        shard_N = np.array([self._census.shards[place] for place in picked.shard_N.tolist()], np.int64)
+        shard_N = np.array([self._training_rows.shards[place] for place in picked.shard_N.tolist()], np.int64)
         row_N = np.empty_like(shard_N)
         for shard, here in runs(shard_N):
             row_N[here] = self._rows_of(shard)[picked.row_N[here]]
@@ -83,16 +88,16 @@ class Reader:
         batch["targets"] = {name: {} for name in self.targets}
         for name, outputs in self.targets.items():
             present_N = self._present(name, shard_N, row_N)
-            if self._wish.masked:
+            if self._contents.masked:
                 batch.setdefault("present", {})[name] = _filled(slab.take((count,), torch.bool), present_N)
             for output, targets in outputs.items():
                 arrays = {part: slab.take(*about) for part, about in self._arrays(targets, count).items()}
                 self._read_targets(targets, rows_N, present_N, arrays)
-                batch["targets"][name][output] = arrays if self._wish.space is None else arrays["targets"]
+                batch["targets"][name][output] = arrays if self._contents.space is None else arrays["targets"]
         return batch
 
     def prefetch(self, shards: list[int], worker: int, workers: int) -> None:
-        """Fetch dataset shards, by their place in the census, ahead of time where they are remote.
+        """Fetch dataset shards, by their place in the training_rows, ahead of time where they are remote.
 
         Every worker begins with its own part of them, and goes on with those of the others.
         """
@@ -103,24 +108,24 @@ class Reader:
                 for place in dict.fromkeys(shards)
                 for outputs in self.targets.values()
                 for targets in outputs.values()
-                for record in targets.objects(self._census.shards[place])
+                for record in targets.objects(self._training_rows.shards[place])
             ]
             storage.prefetch(sorted(records, key=lambda record: records.index(record) % workers != worker))
 
     def _arrays(self, targets: Targets, rows: int) -> dict[str, tuple[Shape, torch.dtype]]:
         """What a batch holds of an output: its own targets, or what is stored of them."""
-        if self._wish.space is None:
+        if self._contents.space is None:
             return {
                 part.name: ((rows, *targets.specs[part.name].shape), getattr(torch, part.dtype))
                 for part in codec(targets.dtype).arrays
             }
-        width = targets.k if self._wish.space == "normalized" else targets.teacher.dims[targets.output]
+        width = targets.k if self._contents.space == "normalized" else targets.teacher.dims[targets.output]
         return {"targets": ((rows, targets.tokens, width), torch.float32)}
 
     def _present(self, teacher: str, shard_N: NDArray[np.int64], row_N: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which rows the teacher has; without a mask they are those that it has."""
         present_N = np.ones(len(row_N), bool)
-        if self._wish.masked:
+        if self._contents.masked:
             targets = next(iter(self.targets[teacher].values()))
             for shard, here in runs(shard_N):
                 present_N[here] = targets.present(shard)[row_N[here]] if targets.is_cached(shard) else False
@@ -137,14 +142,14 @@ class Reader:
             for part, array in arrays.items():
                 array.zero_()
                 array[torch.from_numpy(present_N)] = there[part]
-        elif self._wish.space is None:
+        elif self._contents.space is None:
             targets.read_stored(rows_N, {part: array.numpy() for part, array in arrays.items()})
         else:
             self._decode(targets, rows_N, arrays["targets"])
 
     def _decode(self, targets: Targets, rows_N: NDArray[np.int64], out_NTk: torch.Tensor) -> None:
         """Read what is stored, and turn it into float32 of the wanted space."""
-        is_as_wanted = (self._wish.space == "teacher") == targets.is_raw
+        is_as_wanted = (self._contents.space == "teacher") == targets.is_raw
         if is_as_wanted and targets.dtype == "float32":
             targets.read_stored(rows_N, {"values": out_NTk.numpy()})
             return

@@ -26,14 +26,14 @@ from statsvc.plan import Data
 from statsvc.storage.per_process import PerProcess
 from statsvc.store.reader import Store, Targets
 from statsvc.student.data.arguments import data_of, names_of, rank_of, shard_numbers, whole_number
-from statsvc.student.data.batches import Reader, Wish
+from statsvc.student.data.batches import Contents, Reader
 from statsvc.student.data.buffers import Batch, Ring, forget, lend, slabs
 from statsvc.student.data.epoch_order import EpochOrder, Order, Tail
 from statsvc.student.data.epoch_position import Position
 from statsvc.student.data.images import Images, Pixels, Triple
-from statsvc.student.data.rows import Missing, take_census
+from statsvc.student.data.rows import Missing, find_rows
 from statsvc.student.data.selection import Chosen, choose_targets
-from statsvc.student.data.source import Location
+from statsvc.student.data.source import StoreSource
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OF_ORDER = ("batch_size", "window", "seed", "shuffle", "world_size", "tail")
@@ -115,23 +115,23 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
             "world_size": whole_number("world_size", world_size, 1),
         }
         wanted = None if only is None else shard_numbers(only)
-        self._location = Location(str(store), token, cache, whole_number("cache_nbytes", cache_nbytes, 1))
-        self._wish = Wish(space if decode else None, missing == "mask")
+        self._source = StoreSource(str(store), token, cache, whole_number("cache_nbytes", cache_nbytes, 1))
+        self._contents = Contents(space if decode else None, missing == "mask")
         self._pixels: Pixels | None = None
         if image_size is not None:
             resize = Resize(whole_number("image_size", image_size, 1), image_interpolation)
             self._pixels = Pixels(resize, image_mean, image_std)
         self._reuse_buffers = bool(reuse_buffers)
         self._id, self._position = uuid.uuid4().hex, Position()
-        opened = self._location.open()
+        opened = self._source.open()
         targets = choose_targets(opened, names_of(teachers), names_of(outputs), cache_sets or {}, method)
         # The store may grow; what is read stays what it was, also in workers that open it later.
         self._chosen = Chosen.of(targets, method)
         self._data = data_of(opened, shards) if self._pixels else None
-        self._census = take_census(opened, targets, missing, wanted)
-        self._order = Order(self._census.count_S, **numbers, shuffle=bool(shuffle), tail=tail)
+        self._training_rows = find_rows(opened, targets, missing, wanted)
+        self._order = Order(self._training_rows.count_S, **numbers, shuffle=bool(shuffle), tail=tail)
         self._identity = {
-            "dataset_shards": sha256(canonical_json(self._census.shards), self._census.count_S)[:16],
+            "dataset_shards": sha256(canonical_json(self._training_rows.shards), self._training_rows.count_S)[:16],
             **{name: getattr(self._order, name) for name in OF_ORDER},
         }
         self._reader = PerProcess[Reader]()
@@ -158,8 +158,8 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         return {
             "rows": self._order.rows,
             "dropped_per_epoch": self._order.rows - self.rows_per_epoch,
-            "undecodable": self._census.undecodable,
-            "missing": dict(self._census.missing),
+            "undecodable": self._training_rows.undecodable,
+            "missing": dict(self._training_rows.missing),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -235,12 +235,12 @@ class TargetDataset(IterableDataset[dict[str, Any]]):
         return self._reader.get(self._open_reader)
 
     def _open_reader(self) -> Reader:
-        opened = self._location.open(known=True)
+        opened = self._source.open(known=True)
         return self._read_with(opened, self._chosen.targets(opened))
 
     def _read_with(self, store: Store, targets: dict[str, dict[str, Targets]]) -> Reader:
         images = None
         if self._pixels is not None and self._data is not None:
-            images = Images(store, self._data, self._location.fetch_tar, self._pixels)
-            images.check(self._census.shards)
-        return Reader(store, targets, self._census, self._wish, images)
+            images = Images(store, self._data, self._source.fetch_tar, self._pixels)
+            images.check(self._training_rows.shards)
+        return Reader(store, targets, self._training_rows, self._contents, images)

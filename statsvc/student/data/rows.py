@@ -27,7 +27,7 @@ SHOWN = 3  # rows that an error lists
 
 
 @dataclass(frozen=True, eq=False)
-class Census:
+class TrainingRows:
     """Counted once; it then goes to every process that reads.
 
     shards      numbers of the dataset shards that have rows to train on
@@ -50,7 +50,7 @@ class Census:
         return np.flatnonzero(_present(next(iter(chosen.values())), shard))
 
 
-def take_census(store: Store, chosen: Chosen, missing: Missing, only: Iterable[int] | None) -> Census:
+def find_rows(store: Store, chosen: Chosen, missing: Missing, only: Iterable[int] | None) -> TrainingRows:
     """Count the rows of all dataset shards, or of those that `only` names.
 
     Raises NotFound where there are none; AbsentRow where a teacher lacks a row that missing="error" wants of it.
@@ -71,7 +71,7 @@ def take_census(store: Store, chosen: Chosen, missing: Missing, only: Iterable[i
             "rest"
         )
     count_S = np.array([counts[shard] for shard in shards], np.int64)
-    return Census(shards, count_S, counting.undecodable, dict(counting.lacking), counting.looked_at)
+    return TrainingRows(shards, count_S, counting.undecodable, dict(counting.lacking), counting.looked_at)
 
 
 def _shards(store: Store, only: Iterable[int] | None) -> list[int]:

@@ -26,7 +26,7 @@ from statsvc.store.reader import Store
 
 
 @dataclass
-class Location:
+class StoreSource:
     """A store and the cache of what lies elsewhere.
 
     store         path or URL
