@@ -28,8 +28,6 @@ from workers.estimate.trial import Image, OutputTrial, Trial, computing, run_tri
 from workers.unit.decoders import Decoders
 from workers.unit.loaded_teacher import LoadedTeacher
 
-Tell = Callable[[str], Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -45,7 +43,7 @@ class Work:
         return sum(known) if len(known) == len(names) else None
 
 
-def estimate(plan: Plan, images: int, tell: Tell) -> dict[str, Any]:
+def estimate(plan: Plan, images: int, report: Callable[[str], None]) -> dict[str, Any]:
     """The contents of `statsvc estimate --json`. Raises PlanError for all that `run` would refuse.
 
     images  how many the trial takes at most
@@ -54,7 +52,7 @@ def estimate(plan: Plan, images: int, tell: Tell) -> dict[str, Any]:
     check_fits(agenda)
     work = plan_work(agenda)
     encoded = _trial_images(agenda, work, images)
-    tell(f"loading {', '.join(plan.teachers)}; a trial with {len(encoded)} images")
+    report(f"loading {', '.join(plan.teachers)}; a trial with {len(encoded)} images")
     settings = next(iter(agenda.settings.values()))
     found = devices()
     processes = decoder_processes(plan, len(found))

@@ -82,11 +82,10 @@ class Worker:
         import torch
 
         from workers.unit.decoders import Decoders
+        from workers.unit.device import configure_torch
         from workers.unit.loaded_teacher import LoadedTeacher
 
-        torch.set_num_threads(setup.threads)
-        # Where the plan says float32 it means it: by default CUDA convolutions drop 13 bits of each factor.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        configure_torch(setup.threads)
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
         device = torch.device(name if setup.device == "auto" else setup.device)
         self._teachers = {
