@@ -21,7 +21,7 @@ from statsvc.numerics.codec import CODECS
 from statsvc.numerics.moments import MomentsStream
 from statsvc.numerics.normalizations import fit
 from statsvc.plan import Plan
-from workers.driver.phases.fit import fit_options, of_method
+from workers.driver.fitting import fit_options, of_method
 from workers.estimate.noise import Comparison, Noise
 from workers.unit.decoders import Decoders, Views
 from workers.unit.device import configure_torch, finite_images, on_host

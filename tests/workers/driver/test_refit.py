@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import statsvc
-from statsvc.errors import CannotFit, PlanError
+from statsvc.errors import CannotFit, DamagedObject, PlanError
+from statsvc.integrity.repair import verify_and_repair
 from statsvc.integrity.verify import verify_store
 from statsvc.progress import Display
 from statsvc.store.reader import Store
@@ -108,7 +109,6 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
     grown: Finished, finish: Callable[[Finished], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the new pilot was written down and before the second fit."""
-    import workers.driver.phases
     import workers.driver.phases.fit
 
     fit_teacher, fitted = workers.driver.phases.fit.fit_teacher, list[str]()
@@ -121,7 +121,7 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
 
     undisturbed = grown.contents()
     with monkeypatch.context() as patch:
-        patch.setattr(workers.driver.phases, "fit_teacher", dies)
+        patch.setattr(workers.driver.phases.fit, "fit_teacher", dies)
         with pytest.raises(KeyboardInterrupt):
             refitted(grown)
     assert verify_store(str(grown.path))[1] == []  # work that is left to do is no damage
@@ -140,6 +140,9 @@ def test_a_lost_fit_is_repaired_with_the_same_bytes_also_after_a_refit(grown: Fi
     assert grown.run() == 0
     before = grown.contents()
     (grown.path / ".statsvc/commits/fit/dino.json").unlink()
+    with pytest.raises(DamagedObject, match=r"its second copy is sound: `statsvc verify .* --repair` restores it"):
+        grown.run()
+    verify_and_repair(str(grown.path), print)
     assert grown.run() == 0
     assert grown.contents() == before
 

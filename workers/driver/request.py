@@ -1,0 +1,73 @@
+"""A plan with what it names, read once: its dataset shards, its teachers' files, its store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from statsvc.dataset.expand import DatasetShard, expand
+from statsvc.errors import StoreError
+from statsvc.plan import Plan
+from statsvc.storage import open_backend
+from statsvc.storage.backend import Backend
+from statsvc.storage.fence import FencedBackend
+from statsvc.storage.lease import Lease
+from workers.driver.checks import changed_shards, check, check_numbers
+from workers.driver.run_file import RunFile
+from workers.driver.sizes import told_samples
+from workers.driver.store_state import StoreState
+from workers.driver.worklist import Worklist
+from workers.teachers import resolve
+from workers.teachers.base import Resolved
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run begins with. shards: by name."""
+
+    plan: Plan
+    backend: Backend
+    shards: dict[str, DatasetShard]
+    teachers: dict[str, Resolved]
+
+    @classmethod
+    def read(cls, plan: Plan) -> Request:
+        """Raises PlanError for what is not there."""
+        shards = {shard.name: shard for shard in expand(plan.data)}
+        teachers = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}  # hashes the weights
+        return cls(plan, open_backend(plan.store), shards, teachers)
+
+    def under(self, lease: Lease) -> Request:
+        """The same with a store that is written only while the lease is held."""
+        return replace(self, backend=FencedBackend(self.backend, lease.fence))
+
+    def worklist(self, record: RunFile | None = None, *, fresh: Collection[str] = ()) -> Worklist:
+        """The plan against the store as it is now, with every refusal of `checks`. Reads only.
+
+        fresh  teachers that are fitted afresh, whatever became of their fits
+        """
+        self._check_location()
+        state = StoreState.read(self.backend)
+        settings = check(self.plan, self.shards, state, self.teachers, fresh)
+        indexed = {entry.name for entry in state.index.values()}
+        new = [shard for name, shard in self.shards.items() if name not in indexed]
+        found = Worklist(
+            self.plan,
+            self.shards,
+            state,
+            settings,
+            quarantine=(record or RunFile(self.backend)).quarantine,
+            changed=changed_shards(self.shards, state.index),
+            told={} if self.plan.data.rows_per_shard is not None else told_samples(new),
+        )
+        check_numbers(found)
+        return found
+
+    def _check_location(self) -> None:
+        try:
+            if self.backend.exists():
+                return
+        except StoreError:
+            self.backend.check()  # which knows what is wrong with a plan
+            raise
+        self.backend.check()
