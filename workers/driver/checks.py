@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
-from statsvc.store.copies import check_document
-
 from statsvc.dataset.expand import DatasetShard
 from statsvc.dataset.source import size_of
 from statsvc.errors import DamagedObject, PlanError, StoreError
 from statsvc.plan import Plan
 from statsvc.storage.backend import Backend
+from statsvc.store.copies import check_document
 from statsvc.store.index import Index
 from statsvc.store.layout import Output
 from statsvc.store.paths import transform_path
@@ -28,11 +27,14 @@ def check(
     shards: Mapping[str, DatasetShard],
     state: StoreState,
     resolved: Mapping[str, Resolved],
+    *,
+    is_refit: bool = False,
     fresh: Collection[str] = (),
 ) -> dict[str, Fields]:
     """Everything that can be wrong short of loading the teachers; returns the settings of each (see fingerprint).
 
-    fresh  teachers that are fitted afresh: how they were fitted before does not matter, nor what is left of it
+    is_refit  fits are made anew, so that other options are welcome
+    fresh     teachers that are fitted afresh: it does not matter what is left of the fits before
 
     Raises PlanError for the plan, FingerprintMismatch where it computes other numbers than the store holds, StoreError
     where the store has to be repaired first.
@@ -52,8 +54,11 @@ def check(
         if not any(fnmatchcase(name, pattern) for name in shards):
             raise PlanError(f"statistics.tokens_per_image: {pattern!r} matches no dataset shard of the plan; mend it")
     for name in plan.teachers:
-        if name not in fresh:
-            _check_fits(plan, name, state)
+        known = state.teachers.get(name)
+        for lost in known.lost if known and name not in fresh else ():
+            raise _refusal(plan, lost, name)
+        if not is_refit:
+            _check_options(plan, name, state)
     return settings
 
 
@@ -131,11 +136,8 @@ def _check_root(plan: Plan, state: StoreState) -> None:
         )
 
 
-def _check_fits(plan: Plan, name: str, state: StoreState) -> None:
-    """No fit is redone by itself: not in another way, and not because a part of it is lost."""
-    known = state.teachers.get(name)
-    for lost in known.lost if known else ():
-        raise _refusal(plan, lost, name)
+def _check_options(plan: Plan, name: str, state: StoreState) -> None:
+    """Raises PlanError where the plan would fit in another way than the store's fits were made: none is redone."""
     pilot = state.pilot_of(name)
     if pilot is None:
         return

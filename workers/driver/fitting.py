@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from statsvc.store.copies import write_twice
 from threadpoolctl import threadpool_limits
 
 from statsvc.errors import CannotFit
@@ -16,6 +15,7 @@ from statsvc.numerics.moments import Moments
 from statsvc.numerics.normalizations import METHODS, fit
 from statsvc.numerics.transform import Transform
 from statsvc.plan import Plan, Whitening
+from statsvc.store.copies import write_twice
 from statsvc.store.layout import digest_of_fit
 from statsvc.store.paths import fit_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from statsvc.store.copies import remove_twice
-from statsvc.store.records import PilotRecord, read_pilots
 
 from statsvc.errors import PlanError
 from statsvc.numerics.moments import Moments
@@ -14,8 +12,10 @@ from statsvc.numerics.transform import Transform
 from statsvc.plan import Plan
 from statsvc.progress import Display
 from statsvc.storage.lease import Lease
+from statsvc.store.copies import remove_twice
 from statsvc.store.paths import pilot_path
 from statsvc.store.reader import Store
+from statsvc.store.records import PilotRecord, read_pilots
 from workers.driver.fitting import fit_options
 from workers.driver.phases.base import Run
 from workers.driver.phases.fit import fit
@@ -37,9 +37,8 @@ def refit(
     The teachers are those of the given transforms, or those named, or all of the plan. Returns the exit code of `run`.
     Raises PlanError before anything is written.
     """
-    request = Request.read(plan)
-    afresh = list(teachers or plan.teachers) if fresh else []
-    worklist = request.worklist(fresh=afresh)
+    request = Request.read(plan, is_refit=True, fresh=tuple(teachers or plan.teachers) if fresh else ())
+    worklist = request.worklist()
     if worklist.state.root is None:
         raise PlanError(f"store: there is none at {plan.store!r} to fit anew; `statsvc run PLAN` makes one")
     store = Store(request.backend)
@@ -52,7 +51,7 @@ def refit(
     with (
         started(request, worklist, lease, show.line) as workers,
         lease,
-        writing(request, workers, lease, show, fresh=afresh) as run,
+        writing(request, workers, lease, show) as run,
     ):
         before = {name: run.worklist.state.teachers[name].fits for name in wanted}
         index(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from statsvc.dataset.expand import DatasetShard, expand
@@ -23,32 +22,36 @@ from workers.teachers.base import Resolved
 
 @dataclass(frozen=True)
 class Request:
-    """What a run begins with. shards: by name."""
+    """What a run or a refit begins with.
+
+    shards    the plan's dataset shards by name
+    is_refit  other options of fitting are welcome
+    fresh     teachers that are fitted afresh, whatever became of their fits
+    """
 
     plan: Plan
     backend: Backend
     shards: dict[str, DatasetShard]
     teachers: dict[str, Resolved]
+    is_refit: bool = False
+    fresh: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, plan: Plan) -> Request:
+    def read(cls, plan: Plan, *, is_refit: bool = False, fresh: tuple[str, ...] = ()) -> Request:
         """Raises PlanError for what is not there."""
         shards = {shard.name: shard for shard in expand(plan.data)}
         teachers = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}  # hashes the weights
-        return cls(plan, open_backend(plan.store), shards, teachers)
+        return cls(plan, open_backend(plan.store), shards, teachers, is_refit, fresh)
 
     def under(self, lease: Lease) -> Request:
         """The same with a store that is written only while the lease is held."""
         return replace(self, backend=FencedBackend(self.backend, lease.fence))
 
-    def worklist(self, record: RunFile | None = None, *, fresh: Collection[str] = ()) -> Worklist:
-        """The plan against the store as it is now, with every refusal of `checks`. Reads only.
-
-        fresh  teachers that are fitted afresh, whatever became of their fits
-        """
+    def worklist(self, record: RunFile | None = None) -> Worklist:
+        """The plan against the store as it is now, with every refusal of `checks`. Reads only."""
         self._check_location()
         state = StoreState.read(self.backend)
-        settings = check(self.plan, self.shards, state, self.teachers, fresh)
+        settings = check(self.plan, self.shards, state, self.teachers, is_refit=self.is_refit, fresh=self.fresh)
         indexed = {entry.name for entry in state.index.values()}
         new = [shard for name, shard in self.shards.items() if name not in indexed]
         found = Worklist(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
-
-from statsvc.store.copies import missing_copies, write_missing_copies
 
 from statsvc.errors import Interrupted, PlanError, StoreError
 from statsvc.plan import Plan
@@ -16,6 +14,7 @@ from statsvc.progress import Display
 from statsvc.storage.backend import Backend
 from statsvc.storage.fence import FencedBackend
 from statsvc.storage.lease import Lease
+from statsvc.store.copies import missing_copies, write_missing_copies
 from statsvc.store.paths import groups, metadata_path
 from statsvc.store.reader import Store
 from workers.driver.checks import check_loaded, check_transforms
@@ -100,15 +99,13 @@ def started(request: Request, worklist: Worklist, lease: Lease, report: Callable
 
 
 @contextmanager
-def writing(
-    request: Request, workers: Started, lease: Lease, show: Display, *, retry: bool = False, fresh: Collection[str] = ()
-) -> Iterator[Run]:
+def writing(request: Request, workers: Started, lease: Lease, show: Display, *, retry: bool = False) -> Iterator[Run]:
     """A run whose phases may write, once the lease is held: what another driver did until a moment ago counts."""
     request = request.under(lease)
     record = RunFile(request.backend)
     if retry:
         record.forget_quarantine()
-    run = Run(request, request.worklist(record, fresh=fresh), record, lease, *workers, show)
+    run = Run(request, request.worklist(record), record, lease, *workers, show)
     with run.writing():
         yield run
 

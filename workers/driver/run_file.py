@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from statsvc.store.records import RunRecord, read_run
-
 from statsvc.dataset.expand import DatasetShard
 from statsvc.dataset.urls import shown
 from statsvc.digests import canonical_json
@@ -13,6 +11,7 @@ from statsvc.errors import DamagedObject
 from statsvc.plan import Plan
 from statsvc.storage.backend import Backend
 from statsvc.store.paths import RUN
+from statsvc.store.records import RunRecord, read_run
 
 
 class RunFile:

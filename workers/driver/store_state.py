@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from statsvc.errors import DamagedObject, NotAStore
+from statsvc.storage.backend import Backend
+from statsvc.store.commits import Ledger, teachers_with_commits
 from statsvc.store.copies import sound_copy, stored_twice
+from statsvc.store.index import Index, read_index, read_summary
+from statsvc.store.paths import (
+    ROOT,
+    commit_folder,
+    fit_path,
+    is_raw,
+    metadata_path,
+    report_path,
+    teacher_group,
+    transform_path,
+)
 from statsvc.store.records import (
     Fit,
     PilotRecord,
@@ -17,21 +31,6 @@ from statsvc.store.records import (
     read_report,
     read_root,
     read_teacher,
-)
-
-from statsvc.errors import DamagedObject, NotAStore
-from statsvc.storage.backend import Backend
-from statsvc.store.commits import Ledger, teachers_with_commits
-from statsvc.store.index import Index, read_index, read_summary
-from statsvc.store.paths import (
-    ROOT,
-    commit_folder,
-    fit_path,
-    is_raw,
-    metadata_path,
-    report_path,
-    teacher_group,
-    transform_path,
 )
 
 Fits = dict[str, dict[str, Fit]]  # by output and method

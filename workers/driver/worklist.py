@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from statsvc.store.records import PilotRecord
-
 from statsvc.dataset.expand import DatasetShard
 from statsvc.errors import PlanError
 from statsvc.numerics.normalizations import METHODS
 from statsvc.plan import Plan
 from statsvc.store.layout import ArraySpec, cache_arrays, moments_arrays, sample_arrays, teacher_status
 from statsvc.store.paths import pilot_path, raw_set_name, set_name
+from statsvc.store.records import PilotRecord
 from workers.driver.fingerprint import Fields, fingerprint
 from workers.driver.fitting import fit_digest
 from workers.driver.numbering import number

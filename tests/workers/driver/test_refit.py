@@ -18,6 +18,7 @@ from statsvc.store.reader import Store
 from statsvc.store.sealed import seal
 from tests.support.finished import Finished, plan_for
 from tests.support.tiny import photographs, write_tar
+from workers.driver.fitting import fit_teacher
 from workers.driver.refit import refit
 
 
@@ -111,7 +112,7 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
     """Killed after the new pilot was written down and before the second fit."""
     import workers.driver.phases.fit
 
-    fit_teacher, fitted = workers.driver.phases.fit.fit_teacher, list[str]()
+    fitted = list[str]()
 
     def dies(store: Any, name: str, *rest: Any) -> Any:
         if fitted:
@@ -151,10 +152,11 @@ def test_a_missing_transform_of_an_earlier_fit_is_found(grown: Finished) -> None
     """Without it, the targets of its cache set say nothing."""
     digest = grown.store.teacher("dino").fits()["patches"]["phi-s"]
     assert refitted(grown) == 0
-    (grown.path / f".statsvc/transforms/{digest}.safetensors").unlink()
+    for path in (f".statsvc/transforms/{digest}.safetensors", f".statsvc/copies/transforms/{digest}.safetensors"):
+        (grown.path / path).unlink()
     (damage,) = verify_store(str(grown.path))[1]
     assert damage.path == f".statsvc/transforms/{digest}.safetensors"
-    assert "needs it, and no run makes it anew" in damage.reason
+    assert "needs it; both copies are lost" in damage.reason
 
 
 @pytest.mark.slow

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
-from statsvc.store.records import PilotRecord
-
 from statsvc.errors import DiskFull, Interrupted, StatsvcError
 from statsvc.numerics.codec import codec
 from statsvc.plan import Plan
@@ -21,6 +19,7 @@ from statsvc.store.commits import Ledger
 from statsvc.store.index import read_index, write_summary
 from statsvc.store.layout import Output
 from statsvc.store.reader import Store
+from statsvc.store.records import PilotRecord
 from workers.driver.pilot import Pilot
 from workers.driver.request import Request
 from workers.driver.run_file import RunFile

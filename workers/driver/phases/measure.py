@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from statsvc.store.copies import write_twice
-from statsvc.store.records import PilotRecord
-
 from statsvc.errors import UnreadableShard
 from statsvc.plan import Statistics
+from statsvc.store.copies import write_twice
 from statsvc.store.paths import pilot_path
+from statsvc.store.records import PilotRecord
 from statsvc.store.sealed import seal
 from workers.driver.fitting import fit_options, of_method
 from workers.driver.phases.base import Measured, Run
