@@ -115,8 +115,9 @@ def changed_shards(shards: Mapping[str, DatasetShard], index: Index) -> dict[str
 
 
 def _check_root(plan: Plan, state: StoreState) -> None:
-    for lost in state.lost:
-        raise _refusal(plan, lost)
+    for lost in (state.lost_root, *(state.lost_teachers.get(name) for name in plan.teachers)):
+        if lost is not None:
+            raise _refusal(plan, lost)
     if state.root is None:
         if state.strange is not None:
             raise PlanError(

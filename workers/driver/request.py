@@ -41,7 +41,9 @@ class Request:
         """Raises PlanError for what is not there."""
         shards = {shard.name: shard for shard in expand(plan.data)}
         teachers = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}  # hashes the weights
-        return cls(plan, open_backend(plan.store), shards, teachers, is_refit, fresh)
+        backend = open_backend(plan.store)
+        _check_location(backend)
+        return cls(plan, backend, shards, teachers, is_refit, fresh)
 
     def under(self, lease: Lease) -> Request:
         """The same with a store that is written only while the lease is held."""
@@ -49,7 +51,6 @@ class Request:
 
     def worklist(self, record: RunFile | None = None) -> Worklist:
         """The plan against the store as it is now, with every refusal of `checks`. Reads only."""
-        self._check_location()
         state = StoreState.read(self.backend)
         settings = check(self.plan, self.shards, state, self.teachers, is_refit=self.is_refit, fresh=self.fresh)
         indexed = {entry.name for entry in state.index.values()}
@@ -66,11 +67,13 @@ class Request:
         check_numbers(found)
         return found
 
-    def _check_location(self) -> None:
-        try:
-            if self.backend.exists():
-                return
-        except StoreError:
-            self.backend.check()  # which knows what is wrong with a plan
-            raise
-        self.backend.check()
+
+def _check_location(backend: Backend) -> None:
+    """Raises PlanError where no store is, nor can be."""
+    try:
+        if backend.exists():
+            return
+    except StoreError:
+        backend.check()  # which knows what is wrong with a plan
+        raise
+    backend.check()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from statsvc.errors import Interrupted, PlanError, StoreError
+from statsvc.errors import DamagedObject, Interrupted, PlanError, StoreError
 from statsvc.plan import Plan
 from statsvc.progress import Display
 from statsvc.storage.backend import Backend
@@ -169,5 +169,10 @@ def _tidy(backend: Backend, forgotten: RunFile | None, report: Callable[[str], N
 
 def _write_second_copies(backend: Backend, report: Callable[[str], None]) -> None:
     """Store twice what an older version of statsvc stored once."""
-    if count := write_missing_copies(backend):
+    try:
+        count = write_missing_copies(backend)
+    except DamagedObject as error:  # of an earlier fit, as it may be: those that this run needs were checked
+        report(f"not every document has a second copy: {error}")
+        return
+    if count:
         report(f"wrote second copies of {count} documents that cannot be made anew")

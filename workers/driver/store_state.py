@@ -66,11 +66,12 @@ class TeacherState:
 class StoreState:
     """What a store holds; empty where there is none yet.
 
-    index         the dataset shards with an index commit, by number
-    lost_numbers  of dataset shards whose index commit is lost, by name: the index as it was written down tells them
-    used          the numbers under which anything was measured or cached
-    strange       something that lies there and belongs to no store
-    lost          metadata of the root and of teachers that were worked for
+    index          the dataset shards with an index commit, by number
+    lost_numbers   of dataset shards whose index commit is lost, by name: the index as it was written down tells them
+    used           the numbers under which anything was measured or cached
+    strange        something that lies where no store is yet
+    lost_root      the root of a store that holds something else
+    lost_teachers  metadata of teachers for which something was measured or cached
     """
 
     root: RootRecord | None = None
@@ -80,7 +81,8 @@ class StoreState:
     used: frozenset[int] = frozenset()
     pilots: tuple[PilotRecord, ...] = ()
     strange: str | None = None
-    lost: tuple[Lost, ...] = ()
+    lost_root: Lost | None = None
+    lost_teachers: dict[str, Lost] = field(default_factory=dict)
 
     @classmethod
     def read(cls, backend: Backend) -> StoreState:
@@ -90,22 +92,25 @@ class StoreState:
         summary = read_summary(backend)
         index = read_index(backend, ledger, summary)
         teachers = {name: _read_teacher(backend, ledger, name) for name in names}
-        lost, used = list[Lost](), {shard for teacher in teachers.values() for shard in _shards(teacher)}
-        for name in set(teachers_with_commits(backend)) - teachers.keys():
-            if shards := set(ledger.shards("measure", name)).union(*_cached(backend, ledger, name).values()):
-                lost.append(lost_document(backend, metadata_path(teacher_group(name))))
+        used = frozenset[int]().union(*(each.measured.union(*each.cached.values()) for each in teachers.values()))
+        lost_teachers = {}
+        for name in teachers_with_commits(backend):
+            if name not in teachers and (
+                shards := _measured(ledger, name).union(*_cached(backend, ledger, name).values())
+            ):
+                lost_teachers[name] = lost_document(backend, metadata_path(teacher_group(name)))
                 used |= shards
-        if root is None and (index or used or any(True for _ in stored_twice(backend))):
-            lost.insert(0, lost_document(backend, ROOT))
+        is_lost = root is None and (index or used or any(True for _ in stored_twice(backend)))
         return cls(
             root=root,
             teachers=teachers,
             index=index,
             lost_numbers={entry.name: shard for shard, entry in summary.items() if shard not in index},
-            used=frozenset(used),
+            used=used,
             pilots=tuple(read_pilots(backend).values()),
             strange=next((name for name in backend.list("") if name != ".statsvc"), None) if root is None else None,
-            lost=tuple(lost),
+            lost_root=lost_document(backend, ROOT) if is_lost else None,
+            lost_teachers=lost_teachers,
         )
 
     def pilot_of(self, teacher: str) -> PilotRecord | None:
@@ -150,7 +155,11 @@ def _read_teacher(backend: Backend, ledger: Ledger, name: str) -> TeacherState:
                 reports[output][method] = read_report(backend, digest)
             except DamagedObject:
                 lost.append(lost_document(backend, report_path(digest)))
-    return TeacherState(record, fits, reports, frozenset(ledger.shards("measure", name)), cached, tuple(lost))
+    return TeacherState(record, fits, reports, _measured(ledger, name), cached, tuple(lost))
+
+
+def _measured(ledger: Ledger, name: str) -> frozenset[int]:
+    return frozenset(ledger.shards("measure", name))
 
 
 def _cached(backend: Backend, ledger: Ledger, name: str) -> dict[str, frozenset[int]]:
@@ -158,10 +167,6 @@ def _cached(backend: Backend, ledger: Ledger, name: str) -> dict[str, frozenset[
         cache_set: frozenset(ledger.shards("cache", name, cache_set))
         for cache_set in backend.list(commit_folder("cache", name))
     }
-
-
-def _shards(teacher: TeacherState) -> frozenset[int]:
-    return teacher.measured.union(*teacher.cached.values())
 
 
 def lost_document(backend: Backend, path: str) -> Lost:

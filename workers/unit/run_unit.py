@@ -24,7 +24,7 @@ from workers.unit.loaded_teacher import LoadedTeacher
 from workers.unit.sinks import SINKS
 from workers.unit.sinks.base import Batch, SampleRows, Sink
 
-Report = Callable[[Sample, str], None]  # of an image that cannot be used, with the reason
+OnUndecodable = Callable[[Sample, str], None]  # is told of an image that cannot be used, and why
 
 
 def run_unit(
@@ -95,7 +95,7 @@ def rows_of(sample: Sample, unit: Unit) -> slice:
     return slice(first, first + unit.views_per_image)
 
 
-def _images(reader: ShardReader, unit: Unit, on_undecodable: Report) -> Iterator[tuple[Sample, bytes]]:
+def _images(reader: ShardReader, unit: Unit, on_undecodable: OnUndecodable) -> Iterator[tuple[Sample, bytes]]:
     """The samples that have an image and rows. Where there are too few rows, the index says how many are needed.
 
     Images that are empty, cut or too large to be read are reported.
@@ -118,7 +118,7 @@ class _Row(NamedTuple):
 
 
 def _batches(
-    decoded: Iterator[tuple[Sample, Views]], unit: Unit, samples: SampleRows, on_undecodable: Report
+    decoded: Iterator[tuple[Sample, Views]], unit: Unit, samples: SampleRows, on_undecodable: OnUndecodable
 ) -> Iterator[Batch]:
     """Views of decodable images in the order of the rows, `batch_size` at a time; other images are reported."""
     waiting: list[_Row] = []
