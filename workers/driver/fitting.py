@@ -16,7 +16,6 @@ from statsvc.numerics.normalizations import METHODS, fit
 from statsvc.numerics.transform import Transform
 from statsvc.plan import Plan, Whitening
 from statsvc.store.copies import write_twice
-from statsvc.store.layout import digest_of_fit
 from statsvc.store.paths import fit_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher
 from statsvc.store.sealed import seal
@@ -93,23 +92,6 @@ def fit_options(plan: Plan) -> dict[str, Any]:
 def of_method(options: dict[str, Any] | None, method: str) -> dict[str, Any]:
     """The options that a method takes: only phi-s knows a rank."""
     return {name: value for name, value in (options or {}).items() if name != "rank" or method == "phi-s"}
-
-
-def fit_digest(fits: Fits, method: str) -> str:
-    """That over the current fits of a method: it names a cache set.
-
-    Raises CannotFit with the reason where the method was refused for an output.
-    """
-    digests = list[str]()
-    for output, methods in fits.items():
-        found = methods[method]
-        if not isinstance(found, str):
-            raise CannotFit(
-                f"{method} was refused for {output}: {found['refused']}. Choose another normalize; or, with more "
-                "images or other limits in the plan, `statsvc refit PLAN` fits anew"
-            )
-        digests.append(found)
-    return digest_of_fit(digests)
 
 
 def _about(teacher: Teacher, output: str, moments: Moments[np.ndarray], pilot: Pilot) -> dict[str, Any]:

@@ -9,15 +9,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from statsvc.dataset.expand import DatasetShard
-from statsvc.errors import PlanError
+from statsvc.errors import CannotFit, PlanError
 from statsvc.numerics.normalizations import METHODS
 from statsvc.plan import Plan
-from statsvc.store.layout import ArraySpec, cache_arrays, moments_arrays, sample_arrays, teacher_status
+from statsvc.store.layout import ArraySpec, cache_arrays, digest_of_fit, moments_arrays, sample_arrays, teacher_status
 from statsvc.store.paths import pilot_path, raw_set_name, set_name
-from statsvc.store.records import PilotRecord
+from statsvc.store.records import Fit, PilotRecord
 from workers.driver.fingerprint import Fields, fingerprint
-from workers.driver.fitting import fit_digest
-from workers.driver.numbering import number
 from workers.driver.store_state import Fits, StoreState
 from workers.unit.job import TeacherJob, Unit
 
@@ -216,8 +214,8 @@ class Worklist:
         if self.is_raw:
             return replace(job, cache_set=raw_set_name(dtype), dtype=dtype)
         fits, method = self.state.teachers[teacher].fits, self.plan.normalize
-        cache_set = set_name(method, fit_digest(fits, method), dtype)
-        transforms = {output: str(methods[method]) for output, methods in fits.items()}
+        transforms = {output: _digest(methods[method], method, output) for output, methods in fits.items()}
+        cache_set = set_name(method, digest_of_fit(transforms.values()), dtype)
         return replace(job, cache_set=cache_set, dtype=dtype, transforms=transforms)
 
     # --- metadata ---
@@ -296,6 +294,23 @@ class Worklist:
     def _views(self) -> dict[str, Any]:
         """One object for all units."""
         return self.plan.views.settings()
+
+
+def number(names: list[str], known: dict[str, int]) -> dict[str, int]:
+    """A number for every dataset shard: known ones keep theirs, the others take the free ones in sorted order."""
+    taken = set(known.values())
+    free = (n for n in range(len(names) + len(known)) if n not in taken)
+    return known | {name: next(free) for name in sorted(names) if name not in known}
+
+
+def _digest(fit: Fit, method: str, output: str) -> str:
+    """Of a transform. Raises CannotFit with the reason where the method was refused."""
+    if isinstance(fit, str):
+        return fit
+    raise CannotFit(
+        f"{method} was refused for {output}: {fit['refused']}. Choose another normalize; or, with more images or other "
+        "limits in the plan, `statsvc refit PLAN` fits anew"
+    )
 
 
 def tokens_per_image(plan: Plan, name: str) -> int | None:
