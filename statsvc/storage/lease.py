@@ -84,7 +84,9 @@ class Lease:
         seconds = self._timing.watch
         if holder.is_fresh:
             seconds = max(self._timing.expires - holder.age, seconds)
-        report(f"the store may be held by {holder.text}; waiting up to {seconds:.0f} s to see whether that driver lives")
+        report(
+            f"the store may be held by {holder.text}; waiting up to {seconds:.0f} s to see whether that driver lives"
+        )
         self._watch(first, seconds)
 
     def __enter__(self) -> Self:

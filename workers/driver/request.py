@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from statsvc.dataset.expand import DatasetShard, expand
 from statsvc.errors import StoreError
@@ -27,6 +27,7 @@ class Request:
     shards    the plan's dataset shards by name
     is_refit  other options of fitting are welcome
     fresh     teachers that are fitted afresh, whatever became of their fits
+    told      samples of new dataset shards that are known without reading them; each is asked for once
     """
 
     plan: Plan
@@ -35,6 +36,7 @@ class Request:
     teachers: dict[str, Resolved]
     is_refit: bool = False
     fresh: tuple[str, ...] = ()
+    told: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, plan: Plan, *, is_refit: bool = False, fresh: tuple[str, ...] = ()) -> Request:
@@ -62,10 +64,15 @@ class Request:
             settings,
             quarantine=(record or RunFile(self.backend)).quarantine,
             changed=changed_shards(self.shards, state.index),
-            told={} if self.plan.data.rows_per_shard is not None else told_samples(new),
+            told=self._samples_told(new) if self.plan.data.rows_per_shard is None else {},
         )
         check_numbers(found)
         return found
+
+    def _samples_told(self, new: list[DatasetShard]) -> dict[str, int]:
+        unasked = [shard for shard in new if shard.name not in self.told]
+        self.told.update(dict.fromkeys(shard.name for shard in unasked) | told_samples(unasked))
+        return {shard.name: count for shard in new if (count := self.told[shard.name]) is not None}
 
 
 def _check_location(backend: Backend) -> None:

@@ -75,7 +75,9 @@ def estimate(plan: Plan, images: int, report: Callable[[str], None]) -> dict[str
 def plan_work(worklist: Worklist) -> Work:
     """How much there is to do, without reading anything remote to its end."""
     plan, warnings = worklist.plan, [f"{name} {reason}" for name, reason in worklist.changed.items()]
-    told = told_samples(worklist.shards[name] for name in worklist.new_shards())
+    told = worklist.told
+    if plan.data.rows_per_shard is not None:  # which is the most that a run reckons with; here, what is known counts
+        told = told_samples(worklist.shards[name] for name in worklist.new_shards())
     samples: dict[str, int | None] = {}
     for name in worklist.usable("cache"):
         location = worklist.shards[name].location

@@ -14,7 +14,7 @@ from statsvc.errors import PlanError, StoreError
 from statsvc.progress import Display
 from statsvc.storage.local import LocalBackend
 from statsvc.store.paths import copy_path
-from tests.conftest import Finished
+from tests.support.finished import Finished
 from tests.support.tiny import photographs, write_tar
 from workers.driver.refit import refit
 

@@ -32,6 +32,7 @@ from tests.support.finished import SHARDS, Finished, plan_for
 from tests.support.in_process import FakeTeacher, seen_by
 from tests.support.plans import plan_document, write_plan
 from tests.support.tiny import photographs, write_tar
+from workers.driver import request as request_module
 from workers.driver.request import Request
 from workers.estimate import estimate as estimate_module
 from workers.estimate import trial as trial_module
@@ -258,7 +259,8 @@ class TestBytes:
         self, folder: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def work(told: dict[str, int], **data: Any) -> Any:
-            monkeypatch.setattr(estimate_module, "told_samples", lambda _: told)
+            for module in (request_module, estimate_module):
+                monkeypatch.setattr(module, "told_samples", lambda _: told)
             plan = one_teacher(folder, dinov2, data={"shards": str(folder / "*.tar"), **data})
             request = Request.read(plan)
             request.shards["b.tar"] = DatasetShard("b.tar", "https://nowhere.invalid/b.tar")
