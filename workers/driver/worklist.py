@@ -80,7 +80,9 @@ class Worklist:
         names = [name for name in new if name not in self._indexed]
         taken = set(self._indexed.values())
         lost = {n: shard for n in names if (shard := self.state.lost_numbers.get(n)) is not None and shard not in taken}
-        return number(names, self._indexed | lost)
+        # The moments of a pilot are those of its own dataset shards, also where one of them was lost with its index.
+        reserved = {shard for pilot in self.state.pilots for shard in pilot.shards}
+        return number(names, self._indexed | lost, reserved)
 
     @property
     def shard_count(self) -> int:
@@ -143,7 +145,8 @@ class Worklist:
         """
         groups, left = [], self.unfitted()
         for pilot in self.state.pilots:
-            lost = [n for n in self.plan.teachers if n in pilot.teachers and set(pilot.shards) - self._measured(n)]
+            within_reach = set(pilot.shards) & set(self.numbers.values())
+            lost = [n for n in self.plan.teachers if n in pilot.teachers and within_reach - self._measured(n)]
             if teachers := [n for n in self.plan.teachers if n in lost or (n in left and n in pilot.teachers)]:
                 groups.append(PilotGroup(teachers, pilot))
                 left = [name for name in left if name not in teachers]
@@ -296,10 +299,10 @@ class Worklist:
         return self.plan.views.settings()
 
 
-def number(names: list[str], known: dict[str, int]) -> dict[str, int]:
+def number(names: list[str], known: dict[str, int], reserved: Collection[int] = ()) -> dict[str, int]:
     """A number for every dataset shard: known ones keep theirs, the others take the free ones in sorted order."""
-    taken = set(known.values())
-    free = (n for n in range(len(names) + len(known)) if n not in taken)
+    taken = {*known.values(), *reserved}
+    free = (n for n in range(len(names) + len(taken)) if n not in taken)
     return known | {name: next(free) for name in sorted(names) if name not in known}
 
 

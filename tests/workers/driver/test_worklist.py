@@ -211,6 +211,16 @@ def test_lost_numbers_come_back_and_new_shards_take_free_ones() -> None:
     check_numbers(found)
 
 
+def test_a_number_of_a_pilot_is_given_to_nobody_new() -> None:
+    """Else the moments of another dataset shard would count as those that a fit was made on."""
+    lost = replace(STATE, index={n: entry for n, entry in STATE.index.items() if n != 2}, used=frozenset({0, 1}))
+    dino = replace(TEACHER, measured=frozenset({0}), cached={SET: frozenset({0, 1})})
+    found = worklist(replace(lost, teachers={"dino": dino, "siglip": dino}), told={"c.tar": 6})
+    assert found.numbers == {"a.tar": 0, "b.tar": 1, "c.tar": 3}
+    assert (found.unfitted(), found.pilot_groups()) == ([], [])
+    check_numbers(found)
+
+
 def test_a_number_with_work_under_it_is_given_to_nobody_new() -> None:
     state = replace(STATE, index={n: entry for n, entry in STATE.index.items() if n != 1})
     with pytest.raises(StoreError, match=r"dataset shard b\.tar would get the number 1, .* --repair"):
