@@ -1,9 +1,9 @@
-"""What a user sees while a run goes on: bars with rate and ETA on a terminal, plain lines in a log."""
+"""What a user sees: bars with rate and ETA on a terminal, plain lines in a log; and tables as lines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +22,20 @@ from rich.progress import (
 from rich.text import Text
 
 LOG_SECONDS = 10.0
+
+
+def table(rows: Sequence[Sequence[str]], left: Collection[int]) -> Iterator[str]:
+    """Rows of equally many cells as lines with aligned columns.
+
+    left  the numbers of the columns that are aligned to the left; the others hold numbers, aligned to the right
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
 
 
 class Bar(Protocol):

@@ -69,7 +69,7 @@ class Lease:
         self._expired: bytes | None = None  # a lease that was watched, and that nobody keeps
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
 
-    def wait_for_others(self, tell: Callable[[str], None]) -> None:
+    def wait_for_others(self, report: Callable[[str], None]) -> None:
         """Raises LeaseError if a driver holds the store; one on another machine must renew its heartbeat while we wait.
 
         A container that was killed and replaced leaves a lease that nobody keeps: the new container has another name
@@ -84,7 +84,9 @@ class Lease:
         seconds = self._timing.watch
         if holder.is_fresh:
             seconds = max(self._timing.expires - holder.age, seconds)
-        tell(f"the store may be held by {holder.text}; waiting up to {seconds:.0f} s to see whether that driver lives")
+        report(
+            f"the store may be held by {holder.text}; waiting up to {seconds:.0f} s to see whether that driver lives"
+        )
         self._watch(first, seconds)
 
     def __enter__(self) -> Self:

@@ -32,9 +32,12 @@ SUMMARY_ROWS = TypeAdapter(list[tuple[int, str, int, int | None, int, str | None
 Index = dict[int, Entry]  # by number of the dataset shard
 
 
-def read_index(backend: Backend, ledger: Ledger) -> Index:
-    """Every dataset shard that has an index commit, in order. Raises DamagedObject."""
-    present, known = ledger.shards("index"), read_summary(backend)
+def read_index(backend: Backend, ledger: Ledger, summary: Index | None = None) -> Index:
+    """Every dataset shard that has an index commit, in order. Raises DamagedObject.
+
+    summary  what `read_summary` says, where it was read already
+    """
+    present, known = ledger.shards("index"), read_summary(backend) if summary is None else dict(summary)
     read = dict(ledger.scan("index", shards=[shard for shard in present if shard not in known]))
     known |= {shard: entry_of(commit) for shard, commit in read.items() if commit is not None}
     return {shard: known[shard] for shard in present if shard in known}

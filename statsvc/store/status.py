@@ -37,31 +37,31 @@ def describe(store: Store) -> dict[str, Any]:
     }
 
 
-def print_status(found: dict[str, Any], echo: Callable[[str], Any]) -> None:
+def print_status(found: dict[str, Any], report: Callable[[str], None]) -> None:
     """The same for people."""
     views = f", {found['views_per_image']} views of each" if found["views_per_image"] > 1 else ""
-    echo(f"{found['dataset_shards']} dataset shards indexed, {found['samples']} samples{views}")
+    report(f"{found['dataset_shards']} dataset shards indexed, {found['samples']} samples{views}")
     for name, teacher in found["teachers"].items():
         shapes = ", ".join(f"{output} {shape['tokens']}x{shape['dim']}" for output, shape in teacher["outputs"].items())
-        echo(f"teacher {name}: {shapes}")
-        echo(f"  measured {teacher['measured']} dataset shards; fitted: {', '.join(teacher['fitted']) or 'not yet'}")
+        report(f"teacher {name}: {shapes}")
+        report(f"  measured {teacher['measured']} dataset shards; fitted: {', '.join(teacher['fitted']) or 'not yet'}")
         for output, methods in teacher["fits"].items():
             for method, fit in methods.items():
                 if isinstance(fit, dict):
-                    echo(f"  refused for {output}: {fit['refused']}")
+                    report(f"  refused for {output}: {fit['refused']}")
                 elif method == "phi-s":
-                    echo(f"  phi-s of {output}: {fit}")
+                    report(f"  phi-s of {output}: {fit}")
         for cache_set, cached in teacher["cached"].items():
             counts = ", ".join(f"{count} {status}" for status, count in cached["status"].items())
-            echo(
+            report(
                 f"  cached {cached['dataset_shards']} dataset shards in {cache_set}: {counts}; {cached['bytes']} bytes"
             )
             for failure in cached["failed"]:
-                echo(f"    {_line(failure)}")
+                report(f"    {_line(failure)}")
     for problem in found["problems"]:
-        echo(_line(problem))
+        report(_line(problem))
     for held in found["quarantined"]:
-        echo(f"quarantined in the {held['phase']} phase: {held['dataset_shard']}: {held['reason']}")
+        report(f"quarantined in the {held['phase']} phase: {held['dataset_shard']}: {held['reason']}")
 
 
 def _line(failure: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import statsvc.progress
-from statsvc.progress import LOG_SECONDS, Display
+from statsvc.progress import LOG_SECONDS, Display, table
 
 
 class Clock:
@@ -84,3 +84,9 @@ def test_a_terminal_has_a_bar_for_each_teacher() -> None:
     assert "4/4" in shown
     assert "cache siglip" in shown
     assert "2/8" in shown
+
+
+def test_a_table_aligns_words_left_and_numbers_right() -> None:
+    rows = [("teacher", "MSE"), ("a", "12.5"), ("longest-name", "3")]
+    assert list(table(rows, left=(0,))) == ["teacher        MSE", "a             12.5", "longest-name     3"]
+    assert list(table(rows, left=(0, 1))) == ["teacher       MSE", "a             12.5", "longest-name  3"]

@@ -17,8 +17,8 @@ from statsvc.dataset.expand import DatasetShard, expand
 from statsvc.dataset.folder import FolderShard
 from statsvc.errors import PlanError
 from statsvc.plan import Data
-from workers.driver.numbering import number
 from workers.driver.pilot import pilot_order
+from workers.driver.worklist import number
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from statsvc.store.sealed import seal
 from tests.support.finished import SHARDS, Finished, in_process, plan_for
 from tests.support.tiny import photograph, photographs, write_tar
 from workers.driver.refit import refit
-from workers.driver.worklist import Agenda
+from workers.driver.request import Request
 from workers.unit.decoders import Decoders
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -270,7 +270,7 @@ def grown(made: Finished) -> None:
     for name in ("A.tar", "aa.tar"):
         write_tar(made.folder / name, photographs(*(f"{name} {i}" for i in range(5))))
     assert made.run() == 0
-    assert Agenda(made.plan).numbers == {"a.tar": 0, "b.tar": 1, "c.tar": 2, "A.tar": 3, "aa.tar": 4}
+    assert Request.read(made.plan).worklist().numbers == {"a.tar": 0, "b.tar": 1, "c.tar": 2, "A.tar": 3, "aa.tar": 4}
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ def test_dataset_shards_get_their_old_numbers_and_the_fit_its_old_pilot(finished
         write(finished.path / f".statsvc/commits/index/{shard:06d}.json", None if shard else b"")
     write_tar(finished.folder / "0.tar", photographs("new"))  # and a new one comes at the same time
     mended(finished)
-    assert Agenda(finished.plan).numbers["0.tar"] == 5
+    assert Request.read(finished.plan).worklist().numbers["0.tar"] == 5
     (finished.folder / "0.tar").unlink()
     assert [
         path for path in differing(finished, before) if path in before and path != DERIVED and "zarr" not in path

@@ -28,7 +28,7 @@ from statsvc.store.paths import COPIES
 from statsvc.store.sealed import seal
 from tests.support.finished import Finished
 from tests.support.plans import write_plan
-from workers.driver.worklist import Agenda
+from workers.driver.request import Request
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -471,7 +471,7 @@ def test_what_was_done_under_a_number_goes_with_its_index(finished: Finished) ->
     assert left == []
     shutil.copy(finished.folder / "a.tar", finished.folder / "aa.tar")
     assert finished.run() == 0
-    store, numbers = finished.store, Agenda(finished.plan).numbers
+    store, numbers = finished.store, Request.read(finished.plan).worklist().numbers
     assert numbers == {"a.tar": 0, "aa.tar": 1, "b.tar": 3, "c.tar": 2}
     assert store.key_hashes(1)[0].tobytes() == key_hash("a0")
     assert store.key_hashes(3)[0].tobytes() == key_hash("b0")

@@ -1,4 +1,4 @@
-"""`sizes.json`, which webdataset's tools write beside dataset shards: how many samples each of them has."""
+"""How many samples a dataset shard has: as `sizes.json` beside it tells, which webdataset's tools write, or counted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from statsvc.dataset.expand import DatasetShard
 from statsvc.dataset.folder import FolderShard
+from statsvc.dataset.shards import ShardReader
 from statsvc.dataset.source import read_small
 from statsvc.dataset.urls import beside, is_url, shown
 
@@ -34,6 +35,11 @@ def told_samples(shards: Iterable[DatasetShard]) -> dict[str, int]:
         if shard.name in sizes[place]:
             told[shard.name] = sizes[place][shard.name]
     return told
+
+
+def count_samples(location: str | FolderShard, images: tuple[str, ...]) -> int:
+    """By reading all headers. Raises UnreadableShard."""
+    return sum(1 for _ in ShardReader(location, images, keep_images=False))
 
 
 def _read_sizes(place: str) -> dict[str, int]:

@@ -6,43 +6,43 @@ Suffix: k = channels of a target.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from statsvc.errors import UnreadableShard
-from statsvc.progress import Display
 from statsvc.store.arrays import read_chunk
 from statsvc.store.reader import Store
-from workers.driver.worklist import Agenda
+from workers.driver.sizes import count_samples
+from workers.driver.worklist import Worklist
 from workers.unit.job import TeacherJob
 
 
-def print_summary(agenda: Agenda, show: Display) -> None:
+def print_summary(worklist: Worklist, store: Store, report: Callable[[str], None]) -> None:
     """One line per teacher and output, then counts, bytes and the next steps."""
-    store, plan = agenda.store, agenda.plan
-    jobs = agenda.cache_jobs()
+    plan, jobs = worklist.plan, worklist.cache_jobs()
     reports = {
         (job.name, output): _report(store, job, output, plan.normalize) for job in jobs for output in job.outputs
     }
     wide = max(len("teacher"), *(len(job.name) for job in jobs))
-    after = "" if agenda.is_raw else f"| after {plan.normalize}"
-    columns = "" if agenda.is_raw else "| variance of channels MSE share"
-    show.line(f"{'':{wide}}                  as the teacher gives them          {after}")
-    show.line(f"{'teacher':{wide}} output  width     std  std of channels  MSE share {columns}")
+    after = "" if worklist.is_raw else f"| after {plan.normalize}"
+    columns = "" if worklist.is_raw else "| variance of channels MSE share"
+    report(f"{'':{wide}}                  as the teacher gives them          {after}")
+    report(f"{'teacher':{wide}} output  width     std  std of channels  MSE share {columns}")
     for output in dict.fromkeys(output for _, output in reports):
-        rows = {name: report for (name, of), report in reports.items() if of == output}
-        normalized = {} if agenda.is_raw else _normalized(store, [job for job in jobs if job.name in rows], output)
-        before = sum(report["feature_variance"] for report in rows.values())
-        for name, report in rows.items():
-            low, high = report["channel_std"]
-            show.line(
-                f"{name:{wide}} {output:7} {report['dim']:5} {report['feature_std']:7.3g} {low:7.3g} to {high:<6.3g}"
-                f"{report['feature_variance'] / before:9.2%} {normalized.get(name, '')}"
+        rows = {name: found for (name, of), found in reports.items() if of == output}
+        normalized = {} if worklist.is_raw else _normalized(store, [job for job in jobs if job.name in rows], output)
+        before = sum(found["feature_variance"] for found in rows.values())
+        for name, found in rows.items():
+            low, high = found["channel_std"]
+            report(
+                f"{name:{wide}} {output:7} {found['dim']:5} {found['feature_std']:7.3g} {low:7.3g} to {high:<6.3g}"
+                f"{found['feature_variance'] / before:9.2%} {normalized.get(name, '')}"
             )
-    show.line("MSE share: a teacher's part of an unweighted MSE loss, for a student that knows nothing yet")
-    _print_trust(reports, "views" if plan.views.per_image > 1 else "images", show)
-    _print_written(store, jobs, plan.store, show)
+    report("MSE share: a teacher's part of an unweighted MSE loss, for a student that knows nothing yet")
+    _print_trust(reports, "views" if plan.views.per_image > 1 else "images", report)
+    _print_written(store, jobs, plan.store, report)
 
 
 def _report(store: Store, job: TeacherJob, output: str, method: str) -> dict[str, Any]:
@@ -81,19 +81,19 @@ def target_variance(store: Store, job: TeacherJob, output: str) -> np.ndarray:
     return variance_k
 
 
-def _print_trust(reports: dict[tuple[str, str], dict[str, Any]], counted: str, show: Display) -> None:
-    for (name, output), report in reports.items():
-        rms = report["expected_rms_error"]
+def _print_trust(reports: dict[tuple[str, str], dict[str, Any]], counted: str, report: Callable[[str], None]) -> None:
+    for (name, output), found in reports.items():
+        rms = found["expected_rms_error"]
         error = (
             f"unknown: too few {counted}"
             if rms is None
-            else f"about {rms:.1%} (worst channel {report['expected_max_error']:.1%})"
+            else f"about {rms:.1%} (worst channel {found['expected_max_error']:.1%})"
         )
-        state = "converged" if report["converged"] else "not converged"
-        show.line(f"{name} {output}: {state} on {report['images']} {counted}; error of the target variances {error}")
+        state = "converged" if found["converged"] else "not converged"
+        report(f"{name} {output}: {state} on {found['images']} {counted}; error of the target variances {error}")
 
 
-def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Display) -> None:
+def _print_written(store: Store, jobs: list[TeacherJob], location: str, report: Callable[[str], None]) -> None:
     total = 0
     for job in jobs:
         status, size, shards = Counter[str](), 0, 0
@@ -105,39 +105,40 @@ def _print_written(store: Store, jobs: list[TeacherJob], location: str, show: Di
         total += size
         counted = ", ".join(f"{count} {key}" for key, count in status.items() if key != "absent")
         rows = shards * store.rows_per_shard
-        show.line(
+        report(
             f"{job.name}: {status.get('ok', 0)} of {rows} rows present ({counted}), {size / 1e6:.1f} MB in "
             f"teachers/{job.name}/cache/{job.cache_set}"
         )
-    show.line(f"wrote {total / 1e6:.1f} MB to {location}; any Zarr client reads it")
-    show.line(f"next: statsvc verify --store {location} checks every byte; statsvc status --store {location} counts")
+    report(f"wrote {total / 1e6:.1f} MB to {location}; any Zarr client reads it")
+    report(f"next: statsvc verify --store {location} checks every byte; statsvc status --store {location} counts")
     output, job = next(iter(jobs[0].outputs)), jobs[0]
     chosen = f', cache_set="{job.cache_set}"' if len(store.teacher(job.name).cache_sets()) > 1 else ""
     opened = f'statsvc.open("{location}").teacher("{job.name}")'
-    show.line(f'      in Python: targets = {opened}.targets("{output}"{chosen})')
-    show.line("                 targets.read(targets.rows()[:1])")
+    report(f'      in Python: targets = {opened}.targets("{output}"{chosen})')
+    report("                 targets.read(targets.rows()[:1])")
 
 
-def print_plan(agenda: Agenda, row_bytes: dict[str, int], show: Display) -> bool:
+def print_plan(worklist: Worklist, row_bytes: dict[str, int], report: Callable[[str], None]) -> bool:
     """What a run would do, by phase. Whether all dataset shards can be read."""
-    known = agenda.known_numbers()
-    new = [name for name in agenda.usable("index") if name not in known]
-    unfitted = [name for name in agenda.plan.teachers if not agenda.is_fitted(name)]
-    show.line(f"index: {len(new)} new dataset shards of {len(agenda.shards)}")
-    show.line(f"measure and fit: {', '.join(unfitted) or 'nothing'}")
+    plan = worklist.plan
+    report(f"index: {len(worklist.new_shards())} new dataset shards of {len(worklist.shards)}")
+    report(f"measure and fit: {', '.join(worklist.unfitted()) or 'nothing'}")
     rows, readable = {}, True
-    for name in agenda.usable("cache"):
+    for name in worklist.usable("cache"):
         try:
-            rows[name] = agenda.count_rows(name)
+            samples = worklist.samples(name)
+            if samples is None:
+                samples = count_samples(worklist.shards[name].location, plan.data.images)
         except UnreadableShard as error:
-            show.line(f"would be quarantined: {error}")
+            report(f"would be quarantined: {error}")
             readable = False
-    for name in agenda.plan.teachers:
-        missing = [rows[shard] for shard in agenda.uncached(name) if shard in rows]
+        else:
+            rows[name] = samples * plan.views.per_image
+    for name in plan.teachers:
+        missing = [rows[shard] for shard in worklist.uncached(name) if shard in rows]
         size = sum(missing) * row_bytes[name] / 1e6
-        show.line(
-            f"cache: {name}: {len(missing)} dataset shards, {sum(missing)} rows, {size:.1f} MB as "
-            f"{agenda.plan.targets.dtype}"
+        report(
+            f"cache: {name}: {len(missing)} dataset shards, {sum(missing)} rows, {size:.1f} MB as {plan.targets.dtype}"
         )
-    show.line("nothing was written")
+    report("nothing was written")
     return readable

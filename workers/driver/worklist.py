@@ -1,203 +1,250 @@
-"""What a plan asks for, beside what its store already holds: the units that are missing. Reads only."""
+"""What a plan asks for and its store does not hold yet: a function of both. Reads and writes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from statsvc.dataset.expand import expand
-from statsvc.dataset.source import size_of
-from statsvc.errors import CannotFit, PlanError, StoreError
+from statsvc.dataset.expand import DatasetShard
+from statsvc.errors import CannotFit, PlanError
 from statsvc.numerics.normalizations import METHODS
 from statsvc.plan import Plan
-from statsvc.storage import open_backend
-from statsvc.storage.backend import Backend
-from statsvc.storage.fence import FencedBackend
-from statsvc.storage.lease import Lease
-from statsvc.store.commits import Ledger, pilots
-from statsvc.store.index import read_index, write_summary
 from statsvc.store.layout import ArraySpec, cache_arrays, digest_of_fit, moments_arrays, sample_arrays, teacher_status
-from statsvc.store.paths import fit_path, groups, raw_set_name, set_name
-from statsvc.store.reader import Store
-from statsvc.store.records import read_pilots, read_teacher
-from statsvc.store.sealed import unseal
-from workers.driver.fingerprint import fingerprint, settle
-from workers.driver.pilot import Pilot
-from workers.driver.run_record import RunRecord
-from workers.driver.sizes import told_samples
-from workers.teachers import resolve
-from workers.teachers.base import Resolved
-from workers.unit.index import RESTORE
+from statsvc.store.paths import pilot_path, raw_set_name, set_name
+from statsvc.store.records import Fit, PilotRecord
+from workers.driver.fingerprint import Fields, fingerprint
+from workers.driver.store_state import Fits, StoreState
 from workers.unit.job import TeacherJob, Unit
 
 PHASES = ("index", "measure", "cache")
 
 
-class Agenda:
-    """Everything it knows is read from the plan, the files it names and the store.
+class PilotGroup(NamedTuple):
+    """Teachers that are to be measured on one pilot; None where it is still to be chosen."""
 
-    shards    the plan's dataset shards by name
-    changed   those that are not what was indexed, with the reason: nothing is done with them
-    numbers   the number of each dataset shard in the store
-    settings  what decides the numbers of each teacher (see fingerprint)
-    index     what is indexed, as it was at the beginning
-    lease     under which the store is written; None: it is only looked at
+    teachers: list[str]
+    pilot: PilotRecord | None
 
-    Raises PlanError, before anything is written, for all that can be wrong with a plan short of loading its teachers.
+
+class Worklist:
+    """What is missing of a plan.
+
+    shards      the plan's dataset shards by name
+    settings    what decides the numbers of each teacher (see fingerprint)
+    quarantine  by phase and dataset shard, why it was given up
+    changed     dataset shards that are not what was indexed, with the reason: nothing is done with them
+    told        samples of new dataset shards that are known without reading them
+    numbers     of every dataset shard that is indexed, or will be when it is first read
     """
 
-    def __init__(self, plan: Plan, resolved: dict[str, Resolved] | None = None, lease: Lease | None = None) -> None:
-        self.plan = plan
-        self.shards = {shard.name: shard for shard in expand(plan.data)}
-        if resolved is None:  # hashing the weights takes a while
-            resolved = {name: resolve(name, teacher) for name, teacher in plan.teachers.items()}
-        self.resolved = resolved
-        self.lease = lease
-        self.backend: Backend = open_backend(plan.store)
-        if lease is not None:
-            self.backend = FencedBackend(self.backend, lease.fence)
-        if not self._exists():
-            self.backend.check()
-        self.record = RunRecord(self.backend)
-        self._store = Store(self.backend) if self.backend.exists() else None
-        self.index = read_index(self.backend, self._ledger)
-        if self._store:
-            kept = self._store.rows_per_shard // self._store.views_per_image
-            if plan.data.rows_per_shard not in (None, kept):
-                raise PlanError(
-                    f"data.rows_per_shard: {plan.data.rows_per_shard} differs from the {kept} that the store "
-                    f"{plan.store!r} was made with; leave the key out, or use another store"
-                )
-            if list(plan.data.images) != (kept_images := self._store.root.images):
-                raise PlanError(
-                    f"data.images: {list(plan.data.images)} differs from the {kept_images} that decided which images "
-                    f"are the rows of the store {plan.store!r}; use those, or another store"
-                )
-        elif (foreign := [name for name in self.backend.list("") if name != ".statsvc"]) and not (
-            self.backend.list(".statsvc/commits")
-        ):
-            raise PlanError(
-                f"store: {plan.store!r} holds {foreign[0]!r} and is no store; name a new or an empty folder"
-            )
-        # Also where the root was lost: a run restores it, with the views that its rows and teachers have.
-        there = [n for n in self.backend.list("teachers") if self.backend.size(f"teachers/{n}/zarr.json") is not None]
-        stored = {name: read_teacher(self.backend, name).settings for name in there}
-        self.settings: dict[str, dict[str, Any]] = {}
-        for name, teacher in resolved.items():
-            self.settings[name] = settle(name, plan, teacher, stored | self.settings)
-        # Fingerprints told of the teachers that are there; another one must not bring views of its own either.
-        if self._store and self._store.views and (known := self._store.views) != (views := plan.views.settings()):
-            raise PlanError(
-                f"views: {views} differs from the {known} that decided the rows of the store {plan.store!r}; use "
-                "those, or another store"
-            )
-        for pattern in asked if isinstance(asked := plan.statistics.tokens_per_image, dict) else ():
-            if not any(fnmatchcase(name, pattern) for name in self.shards):
-                raise PlanError(
-                    f"statistics.tokens_per_image: {pattern!r} matches no dataset shard of the plan; mend it"
-                )
-        self.numbers = self.known_numbers()
-        self.changed = self._changed()
+    def __init__(
+        self,
+        plan: Plan,
+        shards: Mapping[str, DatasetShard],
+        state: StoreState,
+        settings: Mapping[str, Fields],
+        *,
+        quarantine: Mapping[str, Collection[str]] | None = None,
+        changed: Mapping[str, str] | None = None,
+        told: Mapping[str, int] | None = None,
+    ) -> None:
+        self.plan, self.shards, self.state, self.settings = plan, shards, state, settings
+        self.changed, self.told = changed or {}, told or {}
+        self._quarantine = quarantine or {}
+        self._indexed = {entry.name: shard for shard, entry in state.index.items()}
+        self.numbers = self.number(name for name in self.new_shards() if self._is_read_later(name))
 
-    def _exists(self) -> bool:
-        try:
-            return self.backend.exists()
-        except StoreError:
-            self.backend.check()  # which knows what is wrong with a plan
-            raise
-
-    @property
-    def has_store(self) -> bool:
-        return self._store is not None
-
-    @property
-    def store(self) -> Store:
-        """The store; its root must be written."""
-        if self._store is None:
-            self._store = Store(self.backend)
-        return self._store
-
-    def is_anything_missing(self) -> bool:
-        if not self.has_store or set(self.usable("cache")) - set(self.known_numbers()):
-            return True
-        if any(not self.is_fitted(name) for name in self.plan.teachers):
-            return True
-        if self.lost_moments():
-            return True
-        described = {path for spec in self.arrays() for path in (spec.path, *groups(spec.path))}
-        if any(self.backend.size(f"{path}/zarr.json") is None for path in described):
-            return True
-        return any(True for _ in self.cache_units())
-
-    def known_numbers(self) -> dict[str, int]:
-        """The number of every dataset shard that the store has indexed."""
-        return {entry.name: shard for shard, entry in self.index.items()}
-
-    @property
-    def _ledger(self) -> Ledger:
-        return self.store.ledger if self.has_store else Ledger(self.backend)
-
-    def keep_index(self) -> None:
-        """Write down what the commits of the index say by now, for the next start."""
-        self.index = read_index(self.backend, self._ledger)
-        write_summary(self.backend, self.index)
+    # --- dataset shards and their numbers ---
 
     def usable(self, phase: str) -> list[str]:
         """The plan's dataset shards that are not quarantined in a phase or one before it."""
-        bad = {name for before in PHASES[: PHASES.index(phase) + 1] for name in self.record.quarantined(before)}
+        bad = {name for before in PHASES[: PHASES.index(phase) + 1] for name in self._quarantine.get(before, ())}
         return [name for name in self.shards if name not in bad and name not in self.changed]
 
-    def _changed(self) -> dict[str, str]:
-        """The dataset shards whose size is not that of their index. What else changes is found by its checksum.
+    def new_shards(self) -> list[str]:
+        """The usable dataset shards without an index."""
+        return [name for name in self.usable("index") if name not in self._indexed]
 
-        No server is asked for the size of a URL: that would be one request for every dataset shard at every start, and
-        the checksum tells as much when it is read again.
+    def unread_shards(self) -> list[str]:
+        """Those of them whose headers are read first, because nothing says how many samples they have."""
+        return [name for name in self.new_shards() if not self._is_read_later(name)]
+
+    def number(self, new: Iterable[str]) -> dict[str, int]:
+        """The number of every indexed dataset shard, and of these: what they had before their index was lost, or new.
+
+        Those that sort first get the lowest; so a dataset shard that is indexed meanwhile changes no other's number.
         """
-        found = {}
-        for entry in self.index.values():
-            shard = self.shards.get(entry.name)
-            if shard is not None and (size := shard.nbytes or size_of(shard.location)) not in (None, entry.size):
-                found[shard.name] = f"has changed since it was indexed: {size} bytes, then {entry.size}; {RESTORE}"
-        return found
+        names = [name for name in new if name not in self._indexed]
+        taken = set(self._indexed.values())
+        lost = {n: shard for n in names if (shard := self.state.lost_numbers.get(n)) is not None and shard not in taken}
+        # The moments of a pilot are those of its own dataset shards, also where one of them was lost with its index.
+        reserved = {shard for pilot in self.state.pilots for shard in pilot.shards}
+        return number(names, self._indexed | lost, reserved)
+
+    @property
+    def shard_count(self) -> int:
+        """How many dataset shards the arrays have room for."""
+        return max(self.numbers.values(), default=-1) + 1
+
+    def samples(self, name: str) -> int | None:
+        """Samples of a dataset shard: from its index, else as many as it may have, else as told; else None."""
+        if name in self._indexed:
+            return self.state.index[self._indexed[name]].samples
+        return self.plan.data.rows_per_shard or self.told.get(name)
+
+    def rows(self, name: str) -> int:
+        """Rows of the samples of a dataset shard that has a number: one for each view."""
+        return (self.samples(name) or 0) * self.plan.views.per_image
+
+    def _is_read_later(self, name: str) -> bool:
+        return self.plan.data.rows_per_shard is not None or name in self.told
+
+    # --- fits ---
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether features are cached in the teacher's own space, which needs no fit."""
+        return self.plan.targets.space == "teacher"
 
     def is_fitted(self, teacher: str) -> bool:
         """Whether a teacher has the fit that is due: of every method, on its pilot, near what a refit was to be near.
 
         A refit writes its pilot down first, so one that was broken off is taken up again.
         """
-        if not (self.has_store and teacher in self.store.teachers()) or self.backend.size(fit_path(teacher)) is None:
-            return False
-        if any(METHODS.keys() - methods.keys() for methods in self.store.teacher(teacher).fits().values()):
-            return False  # the store is older than a method
-        due = self.known_pilot([teacher])
-        if due is None:
-            return True
-        near = due.get("near", {}).get(teacher, {})
-        return all(
-            (report["pilot"], report.get("options")) == (due["shards"], due.get("options"))
-            and (method != "phi-s" or report.get("near") == near.get(output))
-            for output, methods in self.store.teacher(teacher).report().items()
+        kept = self.fits_to_keep(teacher)
+        return bool(kept) and all(METHODS.keys() <= methods.keys() for methods in kept.values())
+
+    def fits_to_keep(self, teacher: str) -> Fits:
+        """The current fits of a teacher, unless they are lost or a refit wants others; the store may be older than a
+        method.
+        """
+        found, due = self.state.teachers.get(teacher), self.state.pilot_of(teacher)
+        if found is None or found.lost:
+            return {}
+        near = (due.near or {}).get(teacher, {}) if due else {}
+        is_due = due is None or all(
+            (report.pilot, report.options) == (due.shards, due.options)
+            and (method != "phi-s" or report.near == near.get(output))
+            for output, methods in found.reports.items()
             for method, report in methods.items()
         )
+        return found.fits if is_due else {}
+
+    def unfitted(self) -> list[str]:
+        """The teachers of the plan without the fit that is due."""
+        return [name for name in self.plan.teachers if not self.is_fitted(name)]
+
+    def pilot_groups(self) -> list[PilotGroup]:
+        """The teachers that are to be measured, by the pilot that they share; those without any choose one together.
+
+        They are not fitted; or a repair removed moments that they were fitted on. Then their fit stays: moments with
+        other last bits would give another digest.
+        """
+        groups, left = [], self.unfitted()
+        for pilot in self.state.pilots:
+            within_reach = set(pilot.shards) & set(self.numbers.values())
+            lost = [n for n in self.plan.teachers if n in pilot.teachers and within_reach - self._measured(n)]
+            if teachers := [n for n in self.plan.teachers if n in lost or (n in left and n in pilot.teachers)]:
+                groups.append(PilotGroup(teachers, pilot))
+                left = [name for name in left if name not in teachers]
+        return [*groups, PilotGroup(left, None)] if left else groups
+
+    def pending_refit(self, teacher: str) -> dict[str, str] | None:
+        """What a refit of the teacher that was broken off is to be near to, by output; None: nothing is pending."""
+        due = self.state.pilot_of(teacher)
+        if due is None or due.near is None or self.is_fitted(teacher):
+            return None
+        return due.near.get(teacher, {})
+
+    # --- units ---
+
+    def shards_of_pilot(self, group: PilotGroup) -> list[str]:
+        """The dataset shards of a known pilot in its order. Raises PlanError where one is not in the plan any more."""
+        assert group.pilot is not None
+        names = {shard: name for name, shard in self.numbers.items()}
+        if gone := sorted(set(group.pilot.shards) - names.keys()):
+            raise PlanError(
+                f"data.shards: the pilot of {', '.join(group.teachers)} has the dataset shards {gone}, which have no "
+                f"index; name them again, or remove {pilot_path(group.teachers)}, and another pilot is chosen"
+            )
+        return [names[shard] for shard in group.pilot.shards]
+
+    def unmeasured(self, name: str, teachers: Iterable[str]) -> list[str]:
+        """Those of the teachers for which a dataset shard is not measured yet."""
+        return [teacher for teacher in teachers if self.numbers[name] not in self._measured(teacher)]
+
+    def measure_units(self, teachers: list[str], order: Iterable[str]) -> Iterator[Unit]:
+        """The units of these dataset shards that have no commit, in that order.
+
+        Features that are kept in the teacher's own space are cached in the same pass, where they are not yet.
+        """
+        jobs = {teacher: self._job(teacher) for teacher in teachers}
+        raw = {teacher: self.cache_job(teacher) for teacher in teachers} if self.is_raw else jobs
+        for name in order:
+            limit = tokens_per_image(self.plan, name)
+            missing = [
+                jobs[t] if self.numbers[name] in self._cached(raw[t]) else raw[t]
+                for t in self.unmeasured(name, teachers)
+            ]
+            if missing:
+                yield self._unit("measure", name, [replace(job, tokens_per_image=limit) for job in missing])
+
+    def cache_units(self) -> Iterator[Unit]:
+        """The units of the cache phase that have no commit; every teacher must be fitted, unless features stay raw."""
+        missing = [(job, set(self.uncached(job.name))) for job in self.cache_jobs()]
+        for name in self.usable("cache"):
+            if jobs := [job for job, names in missing if name in names]:
+                yield self._unit("cache", name, jobs)
+
+    def uncached(self, teacher: str) -> list[str]:
+        """The dataset shards that the cache phase would do for one teacher, fitted or not."""
+        names = self.usable("cache")
+        if not self.is_cacheable(teacher):
+            return names
+        done = self._cached(self.cache_job(teacher))
+        return [name for name in names if self.numbers.get(name) not in done]
+
+    def cache_jobs(self) -> list[TeacherJob]:
+        """What the cache phase must know of each teacher; every one must be fitted, unless features stay raw."""
+        return [self.cache_job(name) for name in self.plan.teachers]
+
+    def cache_job(self, teacher: str) -> TeacherJob:
+        """Raises CannotFit where the plan's method was refused."""
+        dtype, job = self.plan.targets.dtype, self._job(teacher)
+        if self.is_raw:
+            return replace(job, cache_set=raw_set_name(dtype), dtype=dtype)
+        fits, method = self.state.teachers[teacher].fits, self.plan.normalize
+        transforms = {output: _digest(methods[method], method, output) for output, methods in fits.items()}
+        cache_set = set_name(method, digest_of_fit(transforms.values()), dtype)
+        return replace(job, cache_set=cache_set, dtype=dtype, transforms=transforms)
+
+    # --- metadata ---
+
+    def is_anything_missing(self) -> bool:
+        """Whether there is work for workers."""
+        if self.state.root is None or set(self.usable("cache")) - self._indexed.keys() or self.pilot_groups():
+            return True
+        return any(True for _ in self.cache_units())
 
     def arrays(self) -> Iterator[ArraySpec]:
         """Every array that the store must describe by now: of samples, of its teachers, of those that are fitted."""
-        rows = self.store.rows_per_shard
+        if self.state.root is None:
+            return
+        rows = self.state.root.rows_per_shard
         yield from sample_arrays(rows).values()
         for name in self.plan.teachers:
-            if name not in self.store.teachers():
+            if name not in self.state.teachers:
                 continue
-            outputs = self.store.teacher(name).outputs
+            outputs = self.state.teachers[name].record.shapes()
             yield teacher_status(name, rows)
             for output, shape in outputs.items():
                 yield from moments_arrays(name, output, shape.dim).values()
-            if not self._is_cacheable(name):
+            if not self.is_cacheable(name):
                 continue
-            job = self._cache_job(name)
-            reports = self.store.teacher(name).report() if job.transforms else {}
+            job, reports = self.cache_job(name), self.state.teachers[name].reports
             for output, shape in outputs.items():
                 yield from cache_arrays(
                     name,
@@ -206,139 +253,34 @@ class Agenda:
                     dtype=job.dtype,
                     transform=job.transforms.get(output),
                     tokens=shape.tokens,
-                    k=reports[output][self.plan.normalize]["rank"] if job.transforms else shape.dim,
+                    k=reports[output][self.plan.normalize].rank if job.transforms else shape.dim,
                     rows=rows,
                 ).values()
 
-    @property
-    def is_raw(self) -> bool:
-        """Whether features are cached in the teacher's own space, which needs no fit."""
-        return self.plan.targets.space == "teacher"
-
-    def pending_refit(self, teacher: str) -> dict[str, str] | None:
-        """What a refit of the teacher that was broken off is to be near to, by output; None: nothing is pending."""
-        due = self.known_pilot([teacher]) if self.has_store else None
-        if due is None or "near" not in due or self.is_fitted(teacher):
-            return None
-        near: dict[str, str] = due["near"].get(teacher, {})
-        return near
-
-    def _is_cacheable(self, teacher: str) -> bool:
+    def is_cacheable(self, teacher: str) -> bool:
         """Whether the cache set of a teacher is known: the plan's method was not refused, or features stay raw."""
         if self.is_raw:
-            return self.has_store and teacher in self.store.teachers()
+            return teacher in self.state.teachers
         if not self.is_fitted(teacher):
             return False
-        fits = self.store.teacher(teacher).fits().values()
-        return all(isinstance(methods[self.plan.normalize], str) for methods in fits)
+        return all(isinstance(m[self.plan.normalize], str) for m in self.state.teachers[teacher].fits.values())
 
-    def known_pilot(self, teachers: list[str]) -> dict[str, Any] | None:
-        """The pilot that some of these teachers were measured with already: {teachers, shards, options, near}."""
-        for path in pilots(self.backend):
-            record = unseal(path, self.backend.read(path))
-            if set(record["teachers"]) & set(teachers):
-                return record
-        return None
+    def _measured(self, teacher: str) -> frozenset[int]:
+        found = self.state.teachers.get(teacher)
+        return found.measured if found else frozenset()
 
-    def lost_moments(self) -> list[tuple[list[str], list[int]]]:
-        """Fitted teachers, and the pilot of theirs, of which a dataset shard has to be measured again: a repair removed
-        its moments. The fit stays: from moments with other last bits it would have another digest.
-        """
-        found = []
-        for record in read_pilots(self.backend).values() if self.has_store else ():
-            teachers = [
-                name
-                for name in record.teachers
-                if name in self.plan.teachers
-                and self.is_fitted(name)
-                and set(record.shards) - set(self.store.ledger.shards("measure", name))
-            ]
-            if teachers:
-                found.append((teachers, record.shards))
-        return found
+    def _cached(self, job: TeacherJob) -> frozenset[int]:
+        return self.state.teachers[job.name].cached.get(job.cache_set, frozenset())
 
-    def measure_units(self, teachers: list[str], order: list[str], pilot: Pilot) -> Iterator[Unit]:
-        """The units of the pilot that have no commit, until the pilot is complete.
-
-        Features that are kept in the teacher's own space are cached in the same pass, where they are not yet.
-        """
-        ledger = self.store.ledger
-        jobs = {t: TeacherJob(t, fingerprint(self.settings[t]), self.store.teacher(t).outputs) for t in teachers}
-        for name in order:
-            if pilot.complete:
-                return
-            missing = [jobs[t] for t in teachers if ledger.read("measure", self.numbers[name], t) is None]
-            if self.is_raw:
-                raw = {job.name: self._cache_job(job.name) for job in missing}
-                shard = self.numbers[name]
-                missing = [raw[t] if ledger.read("cache", shard, t, raw[t].cache_set) is None else jobs[t] for t in raw]
-            if missing:
-                limit = tokens_per_image(self.plan, name)
-                yield self._unit("measure", name, [replace(job, tokens_per_image=limit) for job in missing])
-
-    def cache_units(self) -> Iterator[Unit]:
-        """The units of the cache phase that have no commit; every teacher must be fitted, unless features stay raw."""
-        ledger = self.store.ledger
-        jobs = self.cache_jobs()
-        done = [set(ledger.shards("cache", job.name, job.cache_set)) for job in jobs]
-        for name in self.usable("cache"):
-            missing = [job for job, shards in zip(jobs, done, strict=True) if self.numbers[name] not in shards]
-            if missing:
-                yield self._unit("cache", name, missing)
-
-    def uncached(self, teacher: str) -> list[str]:
-        """The dataset shards that the cache phase would do for one teacher, fitted or not."""
-        names = self.usable("cache")
-        if not self._is_cacheable(teacher):
-            return names
-        job = self._cache_job(teacher)
-        done = set(self.store.ledger.shards("cache", teacher, job.cache_set))
-        return [name for name in names if self.numbers.get(name) not in done]
-
-    def count_samples(self, name: str) -> int:
-        """Samples of a dataset shard: from its index, else as many as it may have, else as told, else counted."""
-        if name in self.numbers:
-            if entry := self.index.get(self.numbers[name]):
-                return entry.samples
-            if commit := self.store.ledger.read("index", self.numbers[name]):
-                return commit.samples or 0
-        if self.plan.data.rows_per_shard is not None:
-            return self.plan.data.rows_per_shard
-        if name in self.told_samples:
-            return self.told_samples[name]
-        from statsvc.dataset.shards import ShardReader
-
-        return sum(1 for _ in ShardReader(self.shards[name].location, self.plan.data.images, keep_images=False))
-
-    def count_rows(self, name: str) -> int:
-        """Rows that the samples of a dataset shard have: one for each view."""
-        return self.count_samples(name) * self.plan.views.per_image
-
-    @cached_property
-    def told_samples(self) -> dict[str, int]:
-        """Samples of the dataset shards without an index for which they are known without reading them."""
-        known = self.known_numbers()
-        return told_samples(shard for name, shard in self.shards.items() if name not in known)
-
-    def cache_jobs(self) -> list[TeacherJob]:
-        """What the cache phase must know of each teacher; every one must be fitted, unless features stay raw."""
-        return [self._cache_job(name) for name in self.plan.teachers]
-
-    def _cache_job(self, name: str) -> TeacherJob:
-        teacher = self.store.teacher(name)
-        dtype = self.plan.targets.dtype
-        if self.is_raw:
-            return TeacherJob(name, teacher.fingerprint, teacher.outputs, raw_set_name(dtype), dtype)
-        fits, method = teacher.fits(), self.plan.normalize
-        cache_set = set_name(method, _fit_digest(fits, method), dtype)
-        transforms = {output: fits[output][method] for output in fits}
-        return TeacherJob(name, teacher.fingerprint, teacher.outputs, cache_set, dtype, transforms)
+    def _job(self, teacher: str) -> TeacherJob:
+        return TeacherJob(teacher, fingerprint(self.settings[teacher]), self.state.teachers[teacher].record.shapes())
 
     def _unit(self, phase: str, name: str, teachers: list[TeacherJob]) -> Unit:
         if name not in self.shards:
             raise PlanError(
                 f"data.shards: {name} is needed again to measure its part of the pilot; name it in the plan"
             )
+        assert self.state.root is not None  # the index phase writes it
         return Unit(
             phase=phase,
             shard=self.numbers[name],
@@ -346,10 +288,9 @@ class Agenda:
             location=self.shards[name].location,
             teachers=tuple(teachers),
             images=self.plan.data.images,
-            rows_per_shard=self.store.rows_per_shard,
+            rows_per_shard=self.state.root.rows_per_shard,
             batch_size=next(iter(self.settings.values()))["batch_size"],
             views=self._views,
-            lease=self.lease.token if self.lease else "",
         )
 
     @cached_property
@@ -358,23 +299,26 @@ class Agenda:
         return self.plan.views.settings()
 
 
+def number(names: list[str], known: dict[str, int], reserved: Collection[int] = ()) -> dict[str, int]:
+    """A number for every dataset shard: known ones keep theirs, the others take the free ones in sorted order."""
+    taken = {*known.values(), *reserved}
+    free = (n for n in range(len(names) + len(taken)) if n not in taken)
+    return known | {name: next(free) for name in sorted(names) if name not in known}
+
+
+def _digest(fit: Fit, method: str, output: str) -> str:
+    """Of a transform. Raises CannotFit with the reason where the method was refused."""
+    if isinstance(fit, str):
+        return fit
+    raise CannotFit(
+        f"{method} was refused for {output}: {fit['refused']}. Choose another normalize; or, with more images or other "
+        "limits in the plan, `statsvc refit PLAN` fits anew"
+    )
+
+
 def tokens_per_image(plan: Plan, name: str) -> int | None:
     """How many patches of each image of a dataset shard are measured; None: all."""
     asked = plan.statistics.tokens_per_image
     if not isinstance(asked, dict):
         return asked
     return next((count for pattern, count in asked.items() if fnmatchcase(name, pattern)), None)
-
-
-def _fit_digest(fits: dict[str, dict[str, Any]], method: str) -> str:
-    """The digest over the current fits of a method, which names its cache set.
-
-    Raises CannotFit with the reason where the method was refused for an output.
-    """
-    for output, methods in fits.items():
-        if isinstance(methods[method], dict):
-            raise CannotFit(
-                f"{method} was refused for {output}: {methods[method]['refused']}. Choose another normalize; or, with "
-                "more images or other limits in the plan, `statsvc refit PLAN` fits anew"
-            )
-    return digest_of_fit(methods[method] for methods in fits.values())

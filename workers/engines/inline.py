@@ -6,14 +6,14 @@ import contextlib
 import logging
 import multiprocessing
 import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from statsvc.errors import EngineError, Interrupted, PlanError, StoreError
+from statsvc.errors import EngineError, Interrupted, PlanError
 from workers.engines.base import ATTEMPTS, EngineSetup
+from workers.engines.dispatch import Work
 from workers.engines.resources import decoder_processes, devices
 from workers.unit.job import Result, Unit
 from workers.unit.worker import Done, Failed, Images, Message, Ready, WorkerSetup, main
@@ -25,7 +25,7 @@ POLL_SECONDS = 0.5  # how soon a request to stop is seen while all workers are b
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, the unit it works on, and how many of its images have been reported.
+    """A process, and the unit it works on.
 
     ended  it died, or ends itself after a failure: a unit that is sent there now would be lost, and count as tried
     """
@@ -34,7 +34,6 @@ class _Worker:
     process: multiprocessing.process.BaseProcess
     connection: Connection[Any, Any]
     unit: Unit | None = None
-    images: int = 0
     ended: bool = False
 
 
@@ -61,11 +60,11 @@ class InlineEngine:
         return answers[0]
 
     def run(self, units: Iterable[Unit], on_images: Callable[[Unit, int], None]) -> Iterator[Result]:
-        source, again, attempts = iter(units), deque[Unit](), dict[tuple[str, int], int]()
+        work = Work(units, on_images)
         while True:
             for number, worker in enumerate(self._workers):
                 if worker.unit is None and not self._setup.stopping.is_set():
-                    unit = again.popleft() if again else next(source, None)
+                    unit = work.take()
                     if unit is not None:
                         self._assign(number, unit)
             busy = [worker for worker in self._workers if worker.unit is not None]
@@ -74,31 +73,17 @@ class InlineEngine:
             by_connection = {worker.connection: worker for worker in busy}
             for connection in wait(list(by_connection), POLL_SECONDS):
                 worker = by_connection[connection]  # type: ignore[index]
-                message = _receive(worker)
-                unit = worker.unit
+                message, unit = _receive(worker), worker.unit
                 assert unit is not None  # it was busy
                 if isinstance(message, Images):
-                    worker.images += message.count
-                    on_images(unit, message.count)
+                    work.report(unit, message.count)
                     continue
+                answer = message if isinstance(message, (Done, Failed)) else _death(worker)
                 worker.unit = None
-                if isinstance(message, Done):
-                    worker.images = 0
-                    yield Result(unit)
-                    continue
-                on_images(unit, -worker.images)  # they will be done again, or not at all
-                worker.images = 0
-                failure = message if isinstance(message, Failed) else _death(worker)
-                worker.ended = not failure.reusable
-                log.debug("%s of %s failed: %s", unit.phase, unit.name, failure.details)
-                if failure.kind == "store":
-                    raise StoreError(failure.message)
-                key = unit.phase, unit.shard
-                attempts[key] = attempts.get(key, 0) + 1
-                if failure.kind == "shard" or attempts[key] >= ATTEMPTS:
-                    yield Result(unit, failure.message)
-                else:
-                    again.append(unit)
+                worker.ended = isinstance(answer, Failed) and not answer.reusable
+                result = work.settle(unit, answer)
+                if result is not None:
+                    yield result
 
     def close(self) -> None:
         for worker in self._workers:

@@ -18,17 +18,16 @@ from statsvc.errors import UnreadableShard
 from statsvc.numerics.codec import CODECS
 from statsvc.plan import Plan
 from statsvc.store.layout import Output, moments_arrays
-from workers.driver.checks import check_fits, check_rank
+from workers.driver.checks import check_loaded
 from workers.driver.pilot import pilot_order
-from workers.driver.sizes import told_samples
-from workers.driver.worklist import Agenda
+from workers.driver.request import Request
+from workers.driver.sizes import count_samples, told_samples
+from workers.driver.worklist import Worklist
 from workers.engines.resources import cores, decoder_processes, devices
 from workers.estimate.noise import Noise
 from workers.estimate.trial import Image, OutputTrial, Trial, computing, run_trial
 from workers.unit.decoders import Decoders
 from workers.unit.loaded_teacher import LoadedTeacher
-
-Tell = Callable[[str], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,58 +44,57 @@ class Work:
         return sum(known) if len(known) == len(names) else None
 
 
-def estimate(plan: Plan, images: int, tell: Tell) -> dict[str, Any]:
+def estimate(plan: Plan, images: int, report: Callable[[str], None]) -> dict[str, Any]:
     """The contents of `statsvc estimate --json`. Raises PlanError for all that `run` would refuse.
 
     images  how many the trial takes at most
     """
-    agenda = Agenda(plan)
-    check_fits(agenda)
-    work = plan_work(agenda)
-    encoded = _trial_images(agenda, work, images)
-    tell(f"loading {', '.join(plan.teachers)}; a trial with {len(encoded)} images")
-    settings = next(iter(agenda.settings.values()))
+    request = Request.read(plan)
+    worklist = request.worklist()
+    work = plan_work(worklist)
+    encoded = _trial_images(worklist, work, images)
+    report(f"loading {', '.join(plan.teachers)}; a trial with {len(encoded)} images")
+    settings = next(iter(worklist.settings.values()))
     found = devices()
     processes = decoder_processes(plan, len(found))
     with computing(settings["threads"]):
         device = torch.device(found[0])
         teachers = {
-            name: LoadedTeacher(name, resolved, device, agenda.settings[name]["precision"])
-            for name, resolved in agenda.resolved.items()
+            name: LoadedTeacher(name, resolved, device, worklist.settings[name]["precision"])
+            for name, resolved in request.teachers.items()
         }
-        check_rank(plan, {name: teacher.outputs for name, teacher in teachers.items()})
+        outputs = {name: teacher.outputs for name, teacher in teachers.items()}
+        check_loaded(plan, worklist.state, outputs)
         with Decoders(processes) as pool:
             trial = run_trial(plan, teachers, encoded, pool, settings["batch_size"])
     if not trial.images:
         raise UnreadableShard(f"none of the first {len(encoded)} images of the plan can be decoded; check data.shards")
-    return _document(agenda, work, {name: t.outputs for name, t in teachers.items()}, trial, found, processes)
+    return _document(worklist, work, outputs, trial, found, processes, request.backend.free_bytes())
 
 
-def plan_work(agenda: Agenda) -> Work:
+def plan_work(worklist: Worklist) -> Work:
     """How much there is to do, without reading anything remote to its end."""
-    names, warnings = agenda.usable("cache"), [f"{name} {reason}" for name, reason in agenda.changed.items()]
-    told = told_samples(shard for name, shard in agenda.shards.items() if name not in agenda.numbers)
+    plan, warnings = worklist.plan, [f"{name} {reason}" for name, reason in worklist.changed.items()]
+    told = worklist.told
+    if plan.data.rows_per_shard is not None:  # which is the most that a run reckons with; here, what is known counts
+        told = told_samples(worklist.shards[name] for name in worklist.new_shards())
     samples: dict[str, int | None] = {}
-    for name in names:
-        location = agenda.shards[name].location
-        if name in told:
-            samples[name] = told[name]
-        elif name in agenda.numbers or agenda.plan.data.rows_per_shard is not None:
-            samples[name] = agenda.count_samples(name)
-        elif isinstance(location, str) and is_url(location):
-            samples[name] = None
-        else:
+    for name in worklist.usable("cache"):
+        location = worklist.shards[name].location
+        samples[name] = told.get(name, worklist.samples(name))
+        if samples[name] is None and not (isinstance(location, str) and is_url(location)):
             try:
-                samples[name] = agenda.count_samples(name)
+                samples[name] = count_samples(location, plan.data.images)
             except UnreadableShard as error:
                 warnings.append(f"would be quarantined: {error}")
+                del samples[name]
     if unknown := sum(count is None for count in samples.values()):
         warnings.append(
             f"the samples of {unknown} remote dataset shards are unknown: set data.rows_per_shard, or put a sizes.json "
             "beside them"
         )
-    order = pilot_order(list(samples), agenda.plan.views.seed)
-    return Work(samples, order[: _pilot_length([samples[name] for name in order], _limit(agenda.plan))], warnings)
+    order = pilot_order(list(samples), plan.views.seed)
+    return Work(samples, order[: _pilot_length([samples[name] for name in order], _limit(plan))], warnings)
 
 
 def _limit(plan: Plan) -> float:
@@ -111,12 +109,12 @@ def _pilot_length(counts: list[int | None], limit: float) -> int:
     return next((number for number, total in enumerate(reached, 1) if total >= limit), len(counts))
 
 
-def _trial_images(agenda: Agenda, work: Work, wanted: int) -> list[Image]:
+def _trial_images(worklist: Worklist, work: Work, wanted: int) -> list[Image]:
     """Encoded images with the hashes of their keys, in the order of the pilot."""
     found: list[Image] = []
-    for name in pilot_order(list(work.samples), agenda.plan.views.seed):
+    for name in pilot_order(list(work.samples), worklist.plan.views.seed):
         try:
-            for sample in ShardReader(agenda.shards[name].location, agenda.plan.data.images):
+            for sample in ShardReader(worklist.shards[name].location, worklist.plan.data.images):
                 if sample.image is not None:
                     found.append((key_hash(sample.key), sample.image))
                 if len(found) == wanted:
@@ -130,14 +128,15 @@ def _trial_images(agenda: Agenda, work: Work, wanted: int) -> list[Image]:
 
 
 def _document(
-    agenda: Agenda, work: Work, shapes: dict[str, dict[str, Output]], trial: Trial, machine: list[str], processes: int
-) -> dict[str, Any]:
-    plan, names = agenda.plan, list(work.samples)
+    worklist: Worklist, work: Work, shapes: dict[str, dict[str, Output]], trial: Trial, machine: list[str],
+    processes: int, free: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    plan, names = worklist.plan, list(work.samples)
     images, measured = work.count(names), work.count(work.pilot)
     rows = None if images is None else images * plan.views.per_image
     seconds = _seconds_per_image(trial, machine, processes, plan.views.per_image)
     # With raw features the pilot is measured and cached in one pass.
-    cached = images - measured if agenda.is_raw and images is not None and measured is not None else images
+    cached = images - measured if worklist.is_raw and images is not None and measured is not None else images
     teachers = {
         name: {
             "images_per_second": trial.teachers[name].images_per_second,
@@ -149,7 +148,7 @@ def _document(
         }
         for name, outputs in shapes.items()
     }
-    needed, free = _needed_bytes(agenda, work, teachers), agenda.backend.free_bytes()
+    needed = _needed_bytes(worklist, work, teachers)
     warnings = [*work.warnings, *_doubts(plan, trial, shapes)]
     if needed is not None and free is not None and needed > free:
         warnings.append(
@@ -221,17 +220,17 @@ def _hours(images: int | None, seconds: float) -> float | None:
     return None if images is None else images * seconds / 3600
 
 
-def _needed_bytes(agenda: Agenda, work: Work, teachers: dict[str, Any]) -> int | None:
+def _needed_bytes(worklist: Worklist, work: Work, teachers: dict[str, Any]) -> int | None:
     """Bytes of targets and moments that the store does not hold yet."""
     needed = 0
     for name, teacher in teachers.items():
-        images = work.count([shard for shard in agenda.uncached(name) if shard in work.samples])
+        images = work.count([shard for shard in worklist.uncached(name) if shard in work.samples])
         if images is None:
             return None
-        rows = images * agenda.plan.views.per_image
+        rows = images * worklist.plan.views.per_image
         for output in teacher["outputs"].values():
-            needed += rows * output["dtypes"][agenda.plan.targets.dtype]["row_bytes"]
-            needed += 0 if agenda.is_fitted(name) else output["moments_bytes"]
+            needed += rows * output["dtypes"][worklist.plan.targets.dtype]["row_bytes"]
+            needed += 0 if worklist.is_fitted(name) else output["moments_bytes"]
     return needed
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from statsvc.progress import table
 
 HEADINGS = ("teacher", "output", "tokens x k", "dtype", "a row", "in all", "SNR", "teacher's", "< 10 dB")
 
@@ -21,12 +22,8 @@ def print_estimate(told: dict[str, Any], console: Console | None = None) -> None
     for text in _above(told):
         line(text)
     if console.is_terminal:
-        table = Table(*HEADINGS, box=None, pad_edge=False)
-        for column in (*table.columns[2:3], *table.columns[4:]):
-            column.justify = "right"
-        for cells in _rows(told):
-            table.add_row(*cells)
-        console.print(table)
+        for text in table([HEADINGS, *_rows(told)], left=(0, 1, 3)):
+            line(text)
         line("SNR in dB, normalized and in the teacher's space; < 10 dB: channels whose own SNR is under that")
     else:
         for teacher, output, shape, dtype, row, total, normalized, space, channels in _rows(told):

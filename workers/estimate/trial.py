@@ -13,21 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from statsvc.dataset.decode import Decoded, Resize
+from statsvc.dataset.decode import Resize
 from statsvc.errors import StatsvcError
 from statsvc.numerics.codec import CODECS
-from statsvc.numerics.moments import Moments, MomentsStream
+from statsvc.numerics.moments import MomentsStream
 from statsvc.numerics.normalizations import fit
 from statsvc.plan import Plan
-from workers.driver.phases.fit import fit_options, of_method
+from workers.driver.fitting import fit_options, of_method
 from workers.estimate.noise import Comparison, Noise
 from workers.unit.decoders import Decoders, Views
-from workers.unit.device import finite_images
+from workers.unit.device import configure_torch, finite_images, on_host
+from workers.unit.forward import run_teacher
 from workers.unit.loaded_teacher import LoadedTeacher
-from workers.unit.run_unit import run_teacher
 from workers.unit.sinks.base import Batch, Features
 
 Image = tuple[bytes, bytes]  # its key's hash, and itself
@@ -81,8 +80,12 @@ def run_trial(
 
     def batches(images: list[Image]) -> Iterator[Batch]:
         for first in range(0, len(images), batch_size):
-            found = [found for _, found in decode(images[first : first + batch_size], 1)]
-            yield _stack([views[0] for views in found if not isinstance(views, str)])
+            found = [
+                views[0] for _, views in decode(images[first : first + batch_size], 1) if not isinstance(views, str)
+            ]
+            yield Batch.stack(
+                found, rows=range(len(found)), keys=[""] * len(found), hashes=[bytes(16)] * len(found), per_image=1
+            )
 
     trials = [_TeacherTrial(plan, teacher, place) for place, teacher in enumerate(teachers.values())]
     for take, images in ((_TeacherTrial.measure, good[::2]), (_TeacherTrial.compare, good[1::2])):
@@ -91,17 +94,6 @@ def run_trial(
                 take(trial, batch)
     return Trial(
         len(good), len(encoded) - len(good), rate, dict(zip(teachers, map(_TeacherTrial.result, trials), strict=True))
-    )
-
-
-def _stack(views: list[Decoded]) -> Batch:
-    """A batch without names."""
-    return Batch(
-        rows=np.arange(len(views)),
-        keys=("",) * len(views),
-        hashes_B16=np.zeros((len(views), 16), np.uint8),
-        views=tuple(decoded.view for decoded in views),
-        images=tuple(np.stack(arrays) for arrays in zip(*(decoded.arrays_HW3 for decoded in views), strict=True)),
     )
 
 
@@ -166,7 +158,7 @@ class _TeacherTrial:
             self._comparisons[output] = {}
             self._found[output].fitted = stream.count
             try:
-                moments = _on_host(stream.moments())
+                moments = on_host(stream.moments())
                 transform = fit(moments, plan.normalize, **of_method(fit_options(plan), plan.normalize))
             except StatsvcError as error:
                 self._found[output].refused = str(error)
@@ -176,17 +168,11 @@ class _TeacherTrial:
                 self._comparisons[output][dtype] = Comparison(transform, codec, raw, self._teacher.device)
 
 
-def _on_host(moments: Moments[Any]) -> Moments[np.ndarray]:
-    mean_D, scatter_DD = (np.asarray(torch.as_tensor(array).cpu()) for array in (moments.mean, moments.scatter))
-    return Moments(moments.count, mean_D, scatter_DD)
-
-
 @contextmanager
 def computing(threads: int) -> Iterator[None]:
     """The settings of torch that a worker runs teachers with; ours are as before afterwards."""
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    configure_torch(threads)
     try:
         yield
     finally:

@@ -1,12 +1,21 @@
-"""Getting results off the device without making it wait.
+"""The device that teachers run on: its settings, and getting results off it without making it wait.
 
-Suffix: B = images.
+Suffixes: B = images, D = channels.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
+
+from statsvc.numerics.moments import Moments
+
+
+def configure_torch(threads: int) -> None:
+    """Settings under which a teacher gives the numbers that its plan asks for."""
+    torch.set_num_threads(threads)
+    # Where the plan says float32 it means it: by default CUDA convolutions drop 13 bits of each factor.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class HostCopy:
@@ -29,6 +38,12 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return {name: tensor.numpy() for name, tensor in self._host.items()}
+
+
+def on_host(moments: Moments[Any]) -> Moments[np.ndarray]:
+    """The moments as numpy arrays; waits for the device."""
+    mean_D, scatter_DD = (np.asarray(torch.as_tensor(array).cpu()) for array in (moments.mean, moments.scatter))
+    return Moments(moments.count, mean_D, scatter_DD)
 
 
 def finite_images(*arrays: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """So many images are through all teachers of the unit."""
+    """So many images of the unit are through all its teachers by now."""
 
     count: int
 
@@ -82,11 +82,10 @@ class Worker:
         import torch
 
         from workers.unit.decoders import Decoders
+        from workers.unit.device import configure_torch
         from workers.unit.loaded_teacher import LoadedTeacher
 
-        torch.set_num_threads(setup.threads)
-        # Where the plan says float32 it means it: by default CUDA convolutions drop 13 bits of each factor.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        configure_torch(setup.threads)
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
         device = torch.device(name if setup.device == "auto" else setup.device)
         self._teachers = {
@@ -107,11 +106,21 @@ class Worker:
         self._decoders.__exit__(kind, error, traceback)
 
     def do(self, unit: Unit, on_images: Callable[[int], None]) -> Done | Failed:
-        """One unit. After a failure of kind `again`, nothing is known of this process's state: start another."""
+        """One unit. After a failure of kind `again`, nothing is known of this process's state: start another.
+
+        on_images  is told how many images of the unit are done by now
+        """
         from workers.unit.run_unit import run_unit
 
+        done = 0
+
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            on_images(done)
+
         try:
-            run_unit(unit, self._store, self._teachers, self._decoders, on_images)
+            run_unit(unit, self._store, self._teachers, self._decoders, count)
         except Exception as error:
             return failed(error)
         return Done()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from statsvc.progress import table
+
 HEADER = (
     "teacher", "output", "MSE", "unexplained", "cosine", "error variance: least", "largest", "range",
     "normalized: least", "largest", "range",
@@ -17,13 +19,8 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
     which = "held out" if on["held_out"] else "TRAINED ON"
     yield f"on {on['rows']} rows that were {which}, in each teacher's own space:"
     teachers = report["teachers"].items()
-    lines = [HEADER, *(_cells(name, output, found) for name, each in teachers for output, found in each.items())]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    for line in lines:
-        first, rest = line[:2], line[2:]
-        cells = [cell.ljust(width) for cell, width in zip(first, widths[:2], strict=True)]
-        cells += [cell.rjust(width) for cell, width in zip(rest, widths[2:], strict=True)]
-        yield "  " + "  ".join(cells).rstrip()
+    rows = [HEADER, *(_cells(name, output, found) for name, each in teachers for output, found in each.items())]
+    yield from (f"  {line}" for line in table(rows, left=(0, 1)))
     for name, each in report["channels"].items():
         for output, channels in each.items():
             if channels["kept"] < channels["of"]:

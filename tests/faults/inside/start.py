@@ -80,7 +80,7 @@ def set_hold(place: str, *which: str) -> None:
     elif place == "rows":
         shard_file.ShardWriter.append = waiting(shard_file.ShardWriter.append, is_nth)  # type: ignore[method-assign]
     elif __name__ == "__main__":  # the driver fits
-        phases: Any = importlib.import_module("workers.driver.phases")
+        phases: Any = importlib.import_module("workers.driver.phases.fit")
         phases.fit_teacher = waiting(phases.fit_teacher, lambda *_: True)
 
 

@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 import workers.driver.run
-from statsvc.errors import DiskFull, FingerprintMismatch, PlanError, ShardTooLarge
+from statsvc.errors import DiskFull, FingerprintMismatch, PlanError, ShardTooLarge, StoreError
+from statsvc.integrity.repair import verify_and_repair
 from statsvc.integrity.verify import verify_store
 from statsvc.numerics.codec import codec
 from statsvc.numerics.moments import Moments
@@ -266,15 +267,15 @@ def test_other_views_are_refused_for_teachers_old_and_new(
         workers.driver.run.run(new, Display())
 
 
-def test_a_root_that_was_lost_comes_back_with_no_other_views(
-    made_once: Finished, copied: Finished, dinov2: Path, decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+def test_a_root_that_was_lost_comes_back_by_a_repair_and_never_by_a_plan(
+    made_once: Finished, copied: Finished, dinov2: Path
 ) -> None:
-    in_process(monkeypatch, decoders)
     (copied.path / "zarr.json").unlink()
-    with pytest.raises(FingerprintMismatch, match="views is"):
-        workers.driver.run.run(plan(copied.folder, dinov2, views={**VIEWS, "per_image": 2}), Display())
+    for views in (VIEWS, {**VIEWS, "per_image": 2}):
+        with pytest.raises(StoreError, match=r"^zarr\.json is missing .* --repair` restores it"):
+            workers.driver.run.run(plan(copied.folder, dinov2, views=views), Display())
     assert not (copied.path / "zarr.json").exists()
-    assert workers.driver.run.run(plan(copied.folder, dinov2), Display()) == 0
+    verify_and_repair(str(copied.path), print)
     assert copied.contents() == made_once.contents()
 
 

@@ -96,7 +96,8 @@ def test_what_was_cached_already_is_not_cached_again_when_a_measurement_is_lost(
     raw: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = raw.contents()
-    lost = [".statsvc/commits/measure/dino/000001.json", ".statsvc/commits/fit/dino.json"]
+    fits = [".statsvc/commits/fit/dino.json", ".statsvc/copies/commits/fit/dino.json"]
+    lost = [".statsvc/commits/measure/dino/000001.json", *fits]
     kept = "teachers/dino/cache/raw-float32/patches/values/c/1/0/0"
     for path in lost:
         (raw.path / path).unlink()

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 import statsvc
-from statsvc.errors import CannotFit, PlanError
+from statsvc.errors import CannotFit, DamagedObject, PlanError
+from statsvc.integrity.repair import verify_and_repair
 from statsvc.integrity.verify import verify_store
 from statsvc.progress import Display
 from statsvc.store.reader import Store
 from statsvc.store.sealed import seal
 from tests.support.finished import Finished, plan_for
 from tests.support.tiny import photographs, write_tar
+from workers.driver.fitting import fit_teacher
 from workers.driver.refit import refit
 
 
@@ -108,10 +110,9 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
     grown: Finished, finish: Callable[[Finished], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the new pilot was written down and before the second fit."""
-    import workers.driver.phases
     import workers.driver.phases.fit
 
-    fit_teacher, fitted = workers.driver.phases.fit.fit_teacher, list[str]()
+    fitted = list[str]()
 
     def dies(store: Any, name: str, *rest: Any) -> Any:
         if fitted:
@@ -121,7 +122,7 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
 
     undisturbed = grown.contents()
     with monkeypatch.context() as patch:
-        patch.setattr(workers.driver.phases, "fit_teacher", dies)
+        patch.setattr(workers.driver.phases.fit, "fit_teacher", dies)
         with pytest.raises(KeyboardInterrupt):
             refitted(grown)
     assert verify_store(str(grown.path))[1] == []  # work that is left to do is no damage
@@ -140,6 +141,9 @@ def test_a_lost_fit_is_repaired_with_the_same_bytes_also_after_a_refit(grown: Fi
     assert grown.run() == 0
     before = grown.contents()
     (grown.path / ".statsvc/commits/fit/dino.json").unlink()
+    with pytest.raises(DamagedObject, match=r"its second copy is sound: `statsvc verify .* --repair` restores it"):
+        grown.run()
+    verify_and_repair(str(grown.path), print)
     assert grown.run() == 0
     assert grown.contents() == before
 
@@ -148,10 +152,11 @@ def test_a_missing_transform_of_an_earlier_fit_is_found(grown: Finished) -> None
     """Without it, the targets of its cache set say nothing."""
     digest = grown.store.teacher("dino").fits()["patches"]["phi-s"]
     assert refitted(grown) == 0
-    (grown.path / f".statsvc/transforms/{digest}.safetensors").unlink()
+    for path in (f".statsvc/transforms/{digest}.safetensors", f".statsvc/copies/transforms/{digest}.safetensors"):
+        (grown.path / path).unlink()
     (damage,) = verify_store(str(grown.path))[1]
     assert damage.path == f".statsvc/transforms/{digest}.safetensors"
-    assert "needs it, and no run makes it anew" in damage.reason
+    assert "needs it; both copies are lost" in damage.reason
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ from tests.support.finished import SHARDS, Finished, plan_for
 from tests.support.in_process import FakeTeacher, seen_by
 from tests.support.plans import plan_document, write_plan
 from tests.support.tiny import photographs, write_tar
-from workers.driver.worklist import Agenda
+from workers.driver import request as request_module
+from workers.driver.request import Request
 from workers.estimate import estimate as estimate_module
 from workers.estimate import trial as trial_module
 from workers.estimate.estimate import estimate, plan_work
@@ -258,11 +259,12 @@ class TestBytes:
         self, folder: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def work(told: dict[str, int], **data: Any) -> Any:
-            monkeypatch.setattr(estimate_module, "told_samples", lambda _: told)
+            for module in (request_module, estimate_module):
+                monkeypatch.setattr(module, "told_samples", lambda _: told)
             plan = one_teacher(folder, dinov2, data={"shards": str(folder / "*.tar"), **data})
-            agenda = Agenda(plan)
-            agenda.shards["b.tar"] = DatasetShard("b.tar", "https://nowhere.invalid/b.tar")
-            return plan_work(agenda)
+            request = Request.read(plan)
+            request.shards["b.tar"] = DatasetShard("b.tar", "https://nowhere.invalid/b.tar")
+            return plan_work(request.worklist())
 
         unknown = work({})
         assert unknown.samples == {"a.tar": 6, "b.tar": None, "c.tar": 6}
@@ -274,7 +276,7 @@ class TestBytes:
     def test_unknown_samples_make_totals_unknown_and_nothing_else(
         self, folder: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        work = plan_work(Agenda(one_teacher(folder, dinov2)))
+        work = plan_work(Request.read(one_teacher(folder, dinov2)).worklist())
         work.samples["c.tar"] = None
         monkeypatch.setattr(estimate_module, "plan_work", lambda _: work)
         told = told_of(one_teacher(folder, dinov2))

@@ -72,8 +72,8 @@ class Actor:
         if unit.lease and not self._finds_the_lease():
             return Failed("store", "does not see the store that the driver writes to", ""), 0
 
-        def on_images(count: int) -> None:
-            self._progress = Progress(call, self._progress.images + count)
+        def on_images(images: int) -> None:
+            self._progress = Progress(call, images)
 
         return self._worker.do(unit, on_images), self._progress.images
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from statsvc.errors import EngineError, Interrupted, PlanError, StoreError
+from statsvc.errors import EngineError, Interrupted, PlanError
 from workers.engines.base import ATTEMPTS, EngineSetup
+from workers.engines.dispatch import Work
 from workers.engines.ray.actor import Actor, Hello, Progress
 from workers.engines.ray.cluster import Cluster, Node
 from workers.engines.ray.nodes import absolute, check_same, death, told_room, with_absolute_paths
@@ -30,13 +30,13 @@ from workers.unit.worker import Done, Failed, Ready, WorkerSetup
 log = logging.getLogger("statsvc")
 POLL_SECONDS = 0.5  # how soon a request to stop is seen while all workers are busy
 PROGRESS_SECONDS = 2.0  # between two questions how far a worker is
-LOOK_SECONDS = 3.0  # between two looks at the nodes
+REFRESH_SECONDS = 3.0  # between two looks at the nodes
 ROOM_SECONDS = 60.0  # that a cluster without a single worker has to find room for one
 
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor, the call that it has not answered yet, and of its unit, how many images have been reported."""
+    """An actor, the call that it has not answered yet, and the unit that it works on."""
 
     node: Node
     handle: Any
@@ -45,21 +45,8 @@ class _Worker:
     ready: bool = False
     unit: Unit | None = None
     call: int = 0
-    images: int = 0
     progress: Any = None
     asked: float = 0.0
-
-
-@dataclass
-class _Work:
-    """Units still to be done, and how often each has failed."""
-
-    units: Iterator[Unit]
-    again: deque[Unit] = field(default_factory=deque)
-    attempts: dict[tuple[str, int], int] = field(default_factory=dict)
-
-    def take(self) -> Unit | None:
-        return self.again.popleft() if self.again else next(self.units, None)
 
 
 class RayEngine:
@@ -74,26 +61,26 @@ class RayEngine:
         self._failures: dict[str, int] = {}  # of workers to start, by node
         self._last_failure = ""
         self._calls = count(1)
-        self._looked = self._hopeful = 0.0
+        self._last_refresh = self._last_progress = 0.0
 
     def start(self) -> Ready:
         self._cluster = Cluster(self._plan.address or "local")
         self._wanted = self._wanted_of_a_node(self._cluster.nodes())
-        self._hopeful = time.monotonic()
+        self._last_progress = time.monotonic()
         while self._ready is None:
             if self._setup.stopping.is_set():
                 raise Interrupted("interrupted while the teachers were loading; nothing was begun")
-            self._look_around()
-            self._check_hope()
+            self._refresh_nodes()
+            self._fail_if_stalled()
             for _ in self._answers():
                 pass  # before the first unit there are none
         return self._ready
 
     def run(self, units: Iterable[Unit], on_images: Callable[[Unit, int], None]) -> Iterator[Result]:
-        work = _Work(iter(units))
-        self._hopeful = time.monotonic()
+        work = Work(units, on_images)
+        self._last_progress = time.monotonic()
         while True:
-            self._look_around()
+            self._refresh_nodes()
             stopping = self._setup.stopping.is_set()
             for worker in self._workers:
                 if worker.ready and worker.unit is None and not stopping:
@@ -102,18 +89,18 @@ class RayEngine:
                         break
                     self._assign(worker, unit)
             if not any(worker.unit for worker in self._workers):
-                # Whether anything is left: all workers may be starting, and nobody has asked.
-                unit = None if stopping else work.take()
-                if unit is None:
+                if stopping or not work.is_waiting():
                     return
-                work.again.appendleft(unit)
-                self._check_hope()
+                self._fail_if_stalled()
             for worker, answer in self._answers():
                 if isinstance(answer, Progress):
                     if answer.call == worker.call and worker.unit is not None:
-                        self._report(worker, answer.images, on_images)
+                        work.report(worker.unit, answer.images)
                     continue
-                yield from self._settle(worker, answer, work, on_images)
+                outcome, images = answer
+                result = self._settle(worker, outcome, images, work)
+                if result is not None:
+                    yield result
 
     def close(self) -> None:
         if self._cluster is None:
@@ -140,12 +127,12 @@ class RayEngine:
                             "set engine.cpus_per_worker")  # fmt: skip
         return wanted
 
-    def _look_around(self) -> None:
+    def _refresh_nodes(self) -> None:
         """Start workers where there is room, every few seconds or when one was lost."""
         assert self._cluster is not None
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._last_refresh < REFRESH_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._last_refresh = time.monotonic()
         limit = self._plan.gpus if isinstance(self._plan.gpus, int) else None
         room = []
         for node in self._cluster.nodes():
@@ -156,9 +143,9 @@ class RayEngine:
                 room += [(len(here) + number, node) for number in range(slots)]
         for _, node in sorted(room, key=lambda found: (found[0], found[1].address)):
             if limit is None or len(self._workers) < limit:
-                self._hire(node)
+                self._start_worker(node)
 
-    def _hire(self, node: Node) -> None:
+    def _start_worker(self, node: Node) -> None:
         assert self._cluster is not None
         handle = self._cluster.actor(Actor, node, self._wanted)
         self._workers.append(_Worker(node, handle, handle.hello.remote(str(Path.cwd()))))
@@ -177,7 +164,7 @@ class RayEngine:
         worker.answer = worker.handle.load.remote(setup, not self._cluster.is_own)
 
     def _assign(self, worker: _Worker, unit: Unit) -> None:
-        worker.unit, worker.call, worker.images = unit, next(self._calls), 0
+        worker.unit, worker.call = unit, next(self._calls)
         worker.asked = time.monotonic()
         worker.answer = worker.handle.do.remote(with_absolute_paths(unit), worker.call)
 
@@ -244,7 +231,7 @@ class RayEngine:
             self._refuse(worker, EngineError(f"{where} cannot import statsvc; {problem}"))
         else:
             log.debug("a worker on %s did not start: %s", where, answer.details)
-            self._lose(worker)
+            self._drop_worker(worker)
             self._last_failure = f"{answer.message}{self._on(worker)}"
             self._failures[worker.node.id] = self._failures.get(worker.node.id, 0) + 1
             if self._failures[worker.node.id] == ATTEMPTS:
@@ -254,65 +241,45 @@ class RayEngine:
         """Leave its node out; raises the problem where no other worker has shown that the plan is not to blame."""
         if self._ready is None:
             raise problem
-        self._lose(worker)
+        self._drop_worker(worker)
         self._failures[worker.node.id], self._last_failure = ATTEMPTS, str(problem)
         log.warning("node %s is left out: %s", worker.node.address, problem)
 
-    def _settle(
-        self, worker: _Worker, told: tuple[Done | Failed, int], work: _Work, on_images: Callable[[Unit, int], None]
-    ) -> Iterator[Result]:
-        (answer, images), unit = told, worker.unit
+    def _settle(self, worker: _Worker, answer: Done | Failed, images: int, work: Work) -> Result | None:
+        """Add what only this engine knows to an answer about a unit. images: that were done in the end."""
+        unit, worker.unit = worker.unit, None
         assert unit is not None  # it was busy
         if isinstance(answer, Done):
-            self._report(worker, images, on_images)
-            worker.unit = None
+            work.report(unit, images)
             log.debug("%s of %s is done%s", unit.phase, unit.name, self._on(worker))
-            yield Result(unit)
-            return
-        self._report(worker, 0, on_images)  # they will be done again, or not at all
-        worker.unit = None
+            return work.settle(unit, answer)
         message = f"{answer.message}{self._on(worker)}"
-        log.debug("%s of %s failed: %s %s", unit.phase, unit.name, message, answer.details)
-        if answer.kind == "store":
-            if not answer.details:
-                message = (
-                    f"node {worker.node.address} does not see the store {self._setup.plan.store!r}: the path names "
-                    "another folder there; use a folder that all nodes share, or s3://"
-                )
-            raise StoreError(message)
-        if not answer.reusable:
-            self._lose(worker)
-        key = unit.phase, unit.shard
-        work.attempts[key] = work.attempts.get(key, 0) + 1
-        if answer.kind == "shard" or work.attempts[key] >= ATTEMPTS:
-            yield Result(unit, message)
-        else:
-            work.again.append(unit)
+        if answer.kind == "store" and not answer.details:
+            message = (
+                f"node {worker.node.address} does not see the store {self._setup.plan.store!r}: the path names "
+                "another folder there; use a folder that all nodes share, or s3://"
+            )
+        if answer.kind != "store" and not answer.reusable:
+            self._drop_worker(worker)
+        return work.settle(unit, replace(answer, message=message))
 
-    def _report(self, worker: _Worker, images: int, on_images: Callable[[Unit, int], None]) -> None:
-        """So many images of its unit are through by now."""
-        assert worker.unit is not None
-        if images != worker.images:
-            on_images(worker.unit, images - worker.images)
-            worker.images = images
-
-    def _lose(self, worker: _Worker) -> None:
+    def _drop_worker(self, worker: _Worker) -> None:
         assert self._cluster is not None
         self._cluster.kill(worker.handle)
         self._workers.remove(worker)
-        self._looked = 0.0  # another takes its place at once
+        self._last_refresh = 0.0  # another takes its place at once
 
-    def _check_hope(self) -> None:
+    def _fail_if_stalled(self) -> None:
         """Raises EngineError where nobody works, and nobody will."""
         assert self._cluster is not None
         if any(worker.placed for worker in self._workers):
-            self._hopeful = time.monotonic()
+            self._last_progress = time.monotonic()
             return
         nodes = self._cluster.nodes()
         usable = [node for node in nodes if self._failures.get(node.id, 0) < ATTEMPTS]
         if nodes and not usable:
             raise EngineError(f"no worker starts on any node: {self._last_failure}")
-        if time.monotonic() - self._hopeful > ROOM_SECONDS:
+        if time.monotonic() - self._last_progress > ROOM_SECONDS:
             raise EngineError(
                 f"no node of the Ray cluster had room for a worker for {ROOM_SECONDS:.0f} s: "
                 f"{told_room(self._wanted, nodes)}; what is finished is kept"

@@ -5,12 +5,14 @@ Suffixes: B = views of a batch, C = rows of the dataset shard, S = side in pixel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, Self, SupportsIndex
 
 import numpy as np
 import torch
 
+from statsvc.dataset.decode import Decoded
 from statsvc.numerics.views import View
 from statsvc.store.commits import Commit, Failure
 from statsvc.store.layout import BEYOND_RANGE, NON_FINITE, OK, STATUS_NAMES, UNDECODABLE, WRONG_SHAPE
@@ -29,7 +31,22 @@ class Batch:
     hashes_B16: np.ndarray
     views: tuple[View, ...]
     images: tuple[np.ndarray, ...]
-    per_image: int = 1
+    per_image: int
+
+    @classmethod
+    def stack(
+        cls, decoded: Sequence[Decoded], *, rows: Sequence[int], keys: Sequence[str], hashes: Sequence[bytes],
+        per_image: int,
+    ) -> Self:  # fmt: skip
+        """Decoded views as one batch, with the row of each, and the key of its image and its hash."""
+        return cls(
+            rows=np.array(rows),
+            keys=tuple(keys),
+            hashes_B16=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16),
+            views=tuple(found.view for found in decoded),
+            images=tuple(np.stack(arrays) for arrays in zip(*(d.arrays_HW3 for d in decoded), strict=True)),
+            per_image=per_image,
+        )
 
     @property
     def numbers(self) -> np.ndarray:
@@ -86,14 +103,20 @@ class Account:
         self.failed.append((rows.start, failure))
 
     def take(
-        self, batch: Batch, finite_B: np.ndarray, wrong_B: np.ndarray, held_B: np.ndarray | None = None, dtype: str = ""
+        self,
+        batch: Batch,
+        features: Features,
+        finite_B: np.ndarray,
+        held_B: np.ndarray | None = None,
+        dtype: str = "",
     ) -> np.ndarray:
         """bool [B]: the views whose features can be used; the others are entered with their reason.
 
         held_B  views that the dtype of a cache set can hold. The teacher's status does not depend on it: other cache
                 sets may hold what this one cannot
         """
-        status_B = np.where(wrong_B, WRONG_SHAPE, np.where(finite_B, OK, NON_FINITE)).astype(np.uint8)
+        self.batch_split |= features.split
+        status_B = np.where(features.wrong_B, WRONG_SHAPE, np.where(finite_B, OK, NON_FINITE)).astype(np.uint8)
         self.status_C[batch.rows] = status_B
         for j in np.flatnonzero(status_B != OK):
             self.failed.append((int(batch.rows[j]), batch.failure(j, REASONS[int(status_B[j])])))

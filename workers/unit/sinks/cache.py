@@ -61,7 +61,7 @@ class CacheSink:
     def collect(self, launched: Launched) -> None:
         batch, features, host = launched
         arrays = host.wait()
-        usable_B = self.account.take(batch, arrays["finite"], features.wrong_B, arrays["held"], self._job.dtype)
+        usable_B = self.account.take(batch, features, arrays["finite"], arrays["held"], self._job.dtype)
         rows_N = batch.rows[usable_B]
         for output, writer in self._outputs.items():
             stored = {part.name: arrays[f"{output}/{part.name}"] for part in self._codec.arrays}

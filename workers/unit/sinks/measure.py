@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from statsvc.numerics.moments import Moments, MomentsStream, pack
+from statsvc.numerics.moments import MomentsStream, pack
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.store.arrays import write_chunk
 from statsvc.store.commits import Commit
 from statsvc.store.layout import moments_arrays
-from workers.unit.device import HostCopy, finite_images
+from workers.unit.device import HostCopy, finite_images, on_host
 from workers.unit.job import TeacherJob
 from workers.unit.sinks.base import Account, Batch, Features, SampleRows
 
@@ -41,7 +41,7 @@ class MeasureSink:
 
     def collect(self, launched: Launched) -> None:
         batch, features, host = launched
-        usable_B = self.account.take(batch, host.wait()["finite"], features.wrong_B)
+        usable_B = self.account.take(batch, features, host.wait()["finite"])
         patches_BT = self._measured_patches(batch, features)
         for half in (0, 1):
             chosen = np.flatnonzero(usable_B & (batch.halves == half))
@@ -67,7 +67,7 @@ class MeasureSink:
     def commit(self) -> Commit:
         objects: list[ObjectRecord] = []
         for output, streams in self._streams.items():
-            halves = [_on_host(stream.moments()) for stream in streams]
+            halves = [on_host(stream.moments()) for stream in streams]
             values = {
                 "count": np.array([[half.count for half in halves]]),
                 "images": self._images[None],
@@ -103,11 +103,3 @@ def draw(covered_T: np.ndarray, count: int, hash_16: np.ndarray, number: int = 0
     drawn_T = np.zeros(len(covered_T), bool)
     drawn_T[first] = True
     return np.asarray(drawn_T & covered_T)
-
-
-def _on_host(moments: Moments[Any]) -> Moments[np.ndarray]:
-    """The moments as numpy arrays."""
-    mean_D, scatter_DD = (
-        array.cpu().numpy() if isinstance(array, torch.Tensor) else array for array in (moments.mean, moments.scatter)
-    )
-    return Moments(moments.count, mean_D, scatter_DD)
