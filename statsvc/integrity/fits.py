@@ -17,7 +17,7 @@ from statsvc.numerics.transform import Transform
 from statsvc.store.copies import sound_copy
 from statsvc.store.paths import commit_folder, commit_path, fit_path, parse, pilot_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher
-from statsvc.store.records import FitsRecord, PilotRecord, ReportRecord, read_fits, read_pilot, read_report
+from statsvc.store.records import FitsRecord, PilotRecord, ReportRecord, read_fits, read_record, read_report
 
 CLOSE = 0.01  # moments that were measured again on another processor differ by far less than this
 
@@ -42,7 +42,7 @@ class FitCheck:
             if parse(path) is None or self._is_lost(path):
                 continue
             self._findings.checked += 1
-            pilot = read_pilot(self._store.backend, path)
+            pilot = read_record(PilotRecord, self._store.backend, path)
             self._pilots |= dict.fromkeys(pilot.teachers, (path, pilot))
 
     def teacher(self, teacher: Teacher, in_use: dict[str, str]) -> None:

@@ -133,14 +133,6 @@ class RunRecord(Record):
 R = TypeVar("R", bound=BaseModel)
 
 
-def validated(record: type[R], path: str, content: Any) -> R:
-    """The record of what a document holds. Raises DamagedObject."""
-    try:
-        return record.model_validate_json(json.dumps(content))  # JSON has lists where records have tuples
-    except (ValidationError, ValueError, RecursionError) as error:
-        raise damaged_document(path, _first(error)) from error
-
-
 def parse_json(path: str, data: bytes) -> Any:
     """What a JSON document holds. Raises DamagedObject."""
     try:
@@ -160,79 +152,81 @@ def parse_attributes(path: str, data: bytes) -> dict[str, Any]:
     return found
 
 
-def parse_root(data: bytes) -> RootRecord:
-    """Raises StoreError for a store of another format, DamagedObject for a root that is not as it was written."""
-    attributes = parse_attributes(ROOT, data)
-    if attributes.get("format") != FORMAT:
-        raise StoreError(f"this store has format {attributes.get('format')!r}, this statsvc reads {FORMAT!r}")
-    root = validated(RootRecord, ROOT, attributes)
-    if root.views_per_image < 1 or root.rows_per_shard % root.views_per_image:
-        raise damaged_document(ROOT, f"{root.rows_per_shard} rows are no multiple of the views of an image")
-    return root
+def parse_record(record: type[R], path: str, data: bytes) -> R:
+    """The record that these bytes hold, as the document of that path. Raises DamagedObject.
+
+    Of a root of another format raises StoreError.
+    """
+    if path.endswith(ROOT):
+        content = parse_attributes(path, data)
+    else:
+        content = parse_json(path, data) if path == RUN else unseal(path, data)
+    if record is RootRecord and content.get("format") != FORMAT:
+        raise StoreError(f"this store has format {content.get('format')!r}, this statsvc reads {FORMAT!r}")
+    try:
+        found = record.model_validate_json(json.dumps(content))  # JSON has lists where records have tuples
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise damaged_document(path, _first(error)) from error
+    match found:
+        case RootRecord() if found.views_per_image < 1 or found.rows_per_shard % found.views_per_image:
+            raise damaged_document(path, f"{found.rows_per_shard} rows are no multiple of the views of an image")
+        case PilotRecord() if pilot_path(found.teachers) != path:
+            raise damaged_document(path, f"it belongs at {pilot_path(found.teachers)}")
+        case ReportRecord() if report_path(found.digest) != path:
+            raise damaged_document(path, "a report on another transform")
+    return found
 
 
-def parse_teacher(path: str, data: bytes) -> TeacherRecord:
-    """Raises DamagedObject."""
-    return validated(TeacherRecord, path, parse_attributes(path, data))
+def read_record(record: type[R], backend: Backend, path: str) -> R:
+    """Raises DamagedObject, also where there is no such document."""
+    try:
+        return parse_record(record, path, backend.read(path))
+    except FileNotFoundError as error:
+        raise damaged_document(path, "missing") from error
 
 
 def read_root(backend: Backend) -> RootRecord:
     """Raises NotAStore, StoreError for another format, DamagedObject."""
     try:
-        return parse_root(backend.read(ROOT))
+        return parse_record(RootRecord, ROOT, backend.read(ROOT))
     except FileNotFoundError as error:
         raise NotAStore(f"there is no {ROOT}: `statsvc run PLAN` makes a store") from error
 
 
 def read_teacher(backend: Backend, name: str) -> TeacherRecord:
     """Raises DamagedObject, also where there is none."""
-    path = metadata_path(teacher_group(name))
-    return parse_teacher(path, _read(backend, path))
+    return read_record(TeacherRecord, backend, metadata_path(teacher_group(name)))
 
 
 def read_targets(backend: Backend, array: str) -> TargetsRecord:
     """Raises DamagedObject, also where there is none."""
-    path = metadata_path(array)
-    return validated(TargetsRecord, path, parse_attributes(path, _read(backend, path)))
+    return read_record(TargetsRecord, backend, metadata_path(array))
 
 
 def read_pilots(backend: Backend) -> dict[str, PilotRecord]:
     """Every pilot by its path. Raises DamagedObject."""
     folder = commit_folder("pilot")
     paths = [path for name in backend.list(folder) if parse(path := f"{folder}/{name}")]
-    return {path: read_pilot(backend, path) for path in paths}
+    return {path: read_record(PilotRecord, backend, path) for path in paths}
 
 
-def read_pilot(backend: Backend, path: str) -> PilotRecord:
-    """Raises DamagedObject, also for the pilot of other teachers."""
-    pilot = validated(PilotRecord, path, unseal(path, _read(backend, path)))
-    if pilot_path(pilot.teachers) != path:
-        raise damaged_document(path, f"it belongs at {pilot_path(pilot.teachers)}")
-    return pilot
+def read_report(backend: Backend, digest: str) -> ReportRecord:
+    """Raises DamagedObject, also where there is none."""
+    return read_record(ReportRecord, backend, report_path(digest))
 
 
 def read_fits(backend: Backend, teacher: str) -> FitsRecord | None:
     """The current fits of a teacher; None before the fit. Raises DamagedObject."""
-    path = fit_path(teacher)
     try:
-        return validated(FitsRecord, path, unseal(path, backend.read(path)))
+        return parse_record(FitsRecord, fit_path(teacher), backend.read(fit_path(teacher)))
     except FileNotFoundError:
         return None
-
-
-def read_report(backend: Backend, digest: str) -> ReportRecord:
-    """Raises DamagedObject, also where there is none or it is on another transform."""
-    path = report_path(digest)
-    report = validated(ReportRecord, path, unseal(path, _read(backend, path)))
-    if report.digest != digest:
-        raise damaged_document(path, "a report on another transform")
-    return report
 
 
 def read_run(backend: Backend) -> RunRecord:
     """The record of the last run; empty before the first. Raises DamagedObject."""
     try:
-        return validated(RunRecord, RUN, parse_json(RUN, backend.read(RUN)))
+        return parse_record(RunRecord, RUN, backend.read(RUN))
     except FileNotFoundError:
         return RunRecord()
 
@@ -242,20 +236,8 @@ def damaged_document(path: str, why: object) -> DamagedObject:
     return DamagedObject(f"{path}: {why}; `statsvc verify --repair` restores it from its second copy if there is one")
 
 
-def _read(backend: Backend, path: str) -> bytes:
-    try:
-        return backend.read(path)
-    except FileNotFoundError as error:
-        raise damaged_document(path, "missing") from error
-
-
 def _first(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return f"not what is written there ({type(error).__name__})"
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return (
-        f"not what is written there ({where}: {first['msg']})"
-        if where
-        else f"not what is written there ({first['msg']})"
-    )
+    return f"not what is written there ({': '.join([*map(str, first['loc']), first['msg']])})"

@@ -17,10 +17,10 @@ from statsvc.storage.local import LocalBackend
 from statsvc.store.layout import FORMAT, group_metadata
 from statsvc.store.paths import RUN, fit_path, metadata_path, pilot_path, report_path
 from statsvc.store.records import (
-    parse_root,
-    parse_teacher,
+    RootRecord,
+    TeacherRecord,
+    parse_record,
     read_fits,
-    read_pilot,
     read_pilots,
     read_report,
     read_root,
@@ -68,7 +68,7 @@ READERS: dict[str, tuple[str, Callable[[Any], bytes], Any, Callable[[Backend], A
         "a/codes/zarr.json", group, {"transform": None, "k": 8, "dtype": "int8"},
         lambda storage: read_targets(storage, "a/codes"),
     ),
-    "pilot": (pilot_path(["dino"]), seal, PILOT, lambda storage: read_pilot(storage, pilot_path(["dino"]))),
+    "pilot": (pilot_path(["dino"]), seal, PILOT, lambda storage: next(iter(read_pilots(storage).values()))),
     "fits": (fit_path("dino"), seal, FITS, lambda storage: read_fits(storage, "dino")),
     "report": (report_path("0" * 64), seal, REPORT, lambda storage: read_report(storage, "0" * 64)),
     "run": (RUN, lambda content: json.dumps(content).encode(), RUN_RECORD, read_run),
@@ -124,7 +124,7 @@ values = st.recursive(
 @given(st.sampled_from(["rows_per_shard", "views", "images"]), values)
 def test_a_root_with_any_other_value_is_damaged_or_makes_sense(key: str, value: Any) -> None:
     try:
-        root = parse_root(group({**ROOT, key: value}))
+        root = parse_record(RootRecord, "zarr.json", group({**ROOT, key: value}))
     except DamagedObject:
         return
     assert root.rows_per_shard >= root.views_per_image >= 1
@@ -134,7 +134,7 @@ def test_a_root_with_any_other_value_is_damaged_or_makes_sense(key: str, value: 
 @given(st.sampled_from(sorted(TEACHER)), values)
 def test_a_teacher_with_any_other_value_is_damaged_or_makes_sense(key: str, value: Any) -> None:
     try:
-        teacher = parse_teacher("teachers/dino/zarr.json", group({**TEACHER, key: value}))
+        teacher = parse_record(TeacherRecord, "teachers/dino/zarr.json", group({**TEACHER, key: value}))
     except DamagedObject:
         return
     assert all(shape.tokens >= 1 <= shape.dim for shape in teacher.shapes().values())
