@@ -11,7 +11,7 @@ from statsvc.errors import DamagedObject
 from statsvc.plan import Plan
 from statsvc.storage.backend import Backend
 from statsvc.store.paths import RUN
-from statsvc.store.records import RunRecord, read_run
+from statsvc.store.records import RanPlan, RunRecord, read_run
 
 
 class RunFile:
@@ -34,7 +34,7 @@ class RunFile:
         content = plan.model_dump(mode="json")
         content["data"]["shards"] = [shown(pattern) for pattern in plan.data.shards]
         locations = {name: shown(str(shard.location)) for name, shard in shards.items()}
-        self._record = self._record.model_copy(update={"plan": content, "locations": locations})
+        self._record = self._record.model_copy(update={"plan": RanPlan.model_validate(content), "locations": locations})
         self.save()
 
     def add_to_quarantine(self, phase: str, name: str, problem: str) -> None:
