@@ -78,14 +78,14 @@ def check_loaded(plan: Plan, state: StoreState, outputs: Mapping[str, Mapping[st
 
 
 def check_numbers(worklist: Worklist) -> None:
-    """Raises StoreError where a new dataset shard would get a number under which another one was measured or cached."""
-    numbers, state = worklist.number(worklist.new_shards()), worklist.state
-    for name in worklist.new_shards():
-        if numbers[name] in state.used and name not in state.lost_numbers:
-            raise StoreError(
-                f"dataset shard {name} would get the number {numbers[name]}, under which the store holds work without "
-                f"an index; `statsvc verify --store {worklist.plan.store} --repair` removes or restores it"
-            )
+    """Raises StoreError where work lies under a number without an index, and a new dataset shard may be its owner."""
+    state, new = worklist.state, worklist.new_shards()
+    unowned = state.used - state.index.keys() - {state.lost_numbers.get(name) for name in new}
+    if unowned and new:
+        raise StoreError(
+            f"the store holds work under the number {min(unowned)} without an index, and dataset shard {new[0]} has no "
+            f"number: it may be its own; `statsvc verify --store {worklist.plan.store} --repair` clears this up"
+        )
 
 
 def check_transforms(worklist: Worklist, backend: Backend) -> None:

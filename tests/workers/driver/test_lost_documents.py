@@ -137,12 +137,12 @@ def test_a_read_only_store_without_copies_has_nothing_to_do(
     assert finished.contents() == before
 
 
-def test_no_number_is_given_away_under_which_there_is_work(finished: Finished) -> None:
+def test_new_shards_wait_while_work_has_no_index(finished: Finished) -> None:
     (finished.path / ".statsvc/commits/index/000001.json").unlink()
     (finished.path / ".statsvc/index.json").unlink()
     write_tar(finished.folder / "new.tar", photographs("n0"))
     before = finished.contents()
-    with pytest.raises(StoreError, match=r"would get the number 1, .*without an index; `statsvc verify"):
+    with pytest.raises(StoreError, match=r"work under the number 1 without an index, .*`statsvc verify .* --repair`"):
         finished.run()
     assert finished.contents() == before
 

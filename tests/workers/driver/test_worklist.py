@@ -221,7 +221,9 @@ def test_a_number_of_a_pilot_is_given_to_nobody_new() -> None:
     check_numbers(found)
 
 
-def test_a_number_with_work_under_it_is_given_to_nobody_new() -> None:
+def test_work_without_an_index_stops_new_dataset_shards() -> None:
     state = replace(STATE, index={n: entry for n, entry in STATE.index.items() if n != 1})
-    with pytest.raises(StoreError, match=r"dataset shard b\.tar would get the number 1, .* --repair"):
+    with pytest.raises(
+        StoreError, match=r"work under the number 1 without an index, and dataset shard b\.tar .* --repair"
+    ):
         check_numbers(worklist(state))
