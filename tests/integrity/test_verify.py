@@ -462,7 +462,7 @@ def test_repair_of_a_sound_store_removes_nothing(finished: Finished) -> None:
 
 
 def test_what_was_done_under_a_number_goes_with_its_index(finished: Finished) -> None:
-    # Where the summary is lost, too, nothing says whose number it was, and the pilot's numbers are given to nobody else.
+    # Where the summary is lost, too, nothing says whose number it was. The pilot's numbers are given to nobody else.
     damage(finished.path / ".statsvc/commits/index/000001.json", flip)
     (finished.path / ".statsvc/index.json").unlink()
     verify(finished, "--repair")
