@@ -269,3 +269,10 @@ def test_a_teacher_that_never_varies_leaves_nothing_to_explain() -> None:
     matching.add(torch.zeros(3, 2), torch.ones(3, 2))
     assert matching.report()["unexplained"] is None
     assert matching.report()["mse"] == 1
+
+
+def test_documented_import_paths_name_one_function() -> None:
+    from statsvc.student import load_student
+    from statsvc.student.vit import load_student as documented
+
+    assert load_student is documented
