@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from workers.teachers import resolve
 from workers.unit.decoders import Decoders
 from workers.unit.loaded_teacher import LoadedTeacher
 
+Keys = dict[str, Any]  # of a teacher in a plan
+Features = dict[str, torch.Tensor]  # {output: [B, T, D]}
 PHOTOGRAPHS = photographs(*(f"p{number}" for number in range(24)))
 
 
@@ -43,17 +45,34 @@ def pixels(images_BSS3: np.ndarray, mean: Any, std: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+def pixels_of(squares: list[Image.Image], given: Keys) -> torch.Tensor:
+    """What a model is given of square images, by Pillow, for the preprocessing of a plan."""
+    filter_, size = Image.Resampling[given["interpolation"].upper()], given["size"]
+    resized = [np.asarray(square.resize((size, size), filter_)) for square in squares]
+    return pixels(np.stack(resized), given["mean"], given["std"])
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
     """To 1e-6 of the largest feature, which is a few roundings of float32."""
     assert found.dtype == torch.float32
     assert found.shape == expected.shape
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+def kept(features: Features, taps: Keys | None) -> Features:
+    """Without the outputs that the taps of a plan drop."""
+    return {output: x_BTD for output, x_BTD in features.items() if (taps or {}).get(output, output) is not None}
 
 
 def load(precision: str = "float32", **keys: Any) -> LoadedTeacher:
     """A teacher by the keys of its plan."""
     asked = Teacher.model_validate(keys)
     return LoadedTeacher("teacher", resolve("teacher", asked), torch.device("cpu"), precision)
+
+
+def digest(**keys: Any) -> str:
+    """Of its weights."""
+    return resolve("teacher", Teacher.model_validate(keys)).weights
 
 
 def resolved_without_torch(**keys: Any) -> str:
@@ -83,8 +102,8 @@ def centre(image: bytes) -> Image.Image:
 def snr_of_a_run(
     folder: Path,
     decoders: Decoders,
-    teacher: dict[str, Any],
-    features: Callable[[list[Image.Image]], Mapping[str, torch.Tensor]],
+    teacher: Keys,
+    features: Callable[[list[Image.Image]], Features],
 ) -> dict[str, float]:
     """dB at which the int8 targets of a whole run give back the features that a library makes of the same squares."""
     for shard in range(2):

@@ -14,15 +14,15 @@ import torch
 import transformers
 from PIL import Image
 
-from statsvc.errors import PlanError
 from statsvc.numerics.views import covered_tokens
 from statsvc.plan import Plan, Teacher
 from statsvc.progress import Display
 from statsvc.store.reader import open_store
+from tests.support.checkpoints import DINO, GIVEN, SAM, save_checkpoint
 from tests.support.finished import in_process
-from tests.support.teachers import assert_same, images, load, pixels, snr_of_a_run
+from tests.support.refusals import refuses
+from tests.support.teachers import Features, Keys, assert_same, images, load, pixels, pixels_of, snr_of_a_run
 from tests.support.tiny import photographs, write_tar
-from tests.workers.teachers.test_sources_transformers import DINO, GIVEN, SAM, build
 from workers.driver.fingerprint import settle
 from workers.driver.run import run
 from workers.teachers import resolve
@@ -33,82 +33,88 @@ from workers.unit.decoders import Decoders
 def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SAM's encoder for images of 64 x 64: 8 x 8 patches, windows of 2 x 2, neck of 16 channels."""
     folder = tmp_path_factory.mktemp("checkpoints") / "sam"
-    build(folder, "sam_vision_model", {**SAM, "image_size": 64})
+    save_checkpoint(folder, "sam_vision_model", {**SAM, "image_size": 64})
     return folder
 
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For images of 32 x 32: 4 x 4 patches."""
     folder = tmp_path_factory.mktemp("checkpoints") / "dino"
-    build(folder, "dinov2", DINO)
+    save_checkpoint(folder, "dinov2", DINO)
     return folder
 
 
-def document(model: Path, **keys: Any) -> dict[str, Any]:
+def document(model: Path, **keys: Any) -> Keys:
     return {"source": "transformers", "model": str(model), **GIVEN, **keys}
 
 
-def oracle(folder: Path, pixels_B3SS: torch.Tensor) -> Any:
+@torch.inference_mode()
+def oracle(folder: Path, pixels_B3SS: torch.Tensor) -> Features:
+    """By transformers alone; its patches as [B, rows, columns, D]."""
     auto_model: Any = transformers.AutoModel
-    with torch.inference_mode():
-        return auto_model.from_pretrained(folder).eval()(pixel_values=pixels_B3SS)
+    found = auto_model.from_pretrained(folder).eval()(pixel_values=pixels_B3SS)
+    hidden = found.last_hidden_state
+    if hidden.ndim == 4:  # SAM
+        return {"patches": hidden.permute(0, 2, 3, 1)}
+    rows = pixels_B3SS.shape[-1] // 8
+    return {"patches": hidden[:, 1:].unflatten(1, (rows, rows)), "summary": found.pooler_output[:, None]}
 
 
-def on_canvas(images_BSS3: np.ndarray, canvas: int) -> torch.Tensor:
-    """Normalized pixels in the top left corner of zeros."""
-    pixels_B3SS = torch.zeros(len(images_BSS3), 3, canvas, canvas)
-    size = images_BSS3.shape[1]
-    pixels_B3SS[:, :, :size, :size] = pixels(images_BSS3, GIVEN["mean"], GIVEN["std"])
-    return pixels_B3SS
+def on_canvas(pixels_B3SS: torch.Tensor, canvas: int) -> torch.Tensor:
+    """In the top left corner of zeros."""
+    beyond = canvas - pixels_B3SS.shape[-1]
+    return torch.nn.functional.pad(pixels_B3SS, (0, beyond, 0, beyond))
+
+
+def normalized(size: int) -> torch.Tensor:
+    return pixels(images(size), GIVEN["mean"], GIVEN["std"])
 
 
 # --- pad ---
 
 
-@pytest.mark.parametrize(("size", "rows"), [(8, 1), (15, 1), (32, 4), (40, 5), (63, 7), (64, 8)])
-def test_of_a_canvas_only_the_patches_that_the_view_covers_wholly_are_kept(sam: Path, size: int, rows: int) -> None:
-    teacher = load(**document(sam, size=size, pad=64))
-    map_BDRC = oracle(sam, on_canvas(images(size), 64)).last_hidden_state
-    assert map_BDRC.shape == (3, 16, 8, 8)
+@pytest.mark.parametrize(
+    ("model", "size", "canvas", "rows"),
+    [
+        *(("sam", size, 64, rows) for size, rows in ((8, 1), (15, 1), (32, 4), (40, 5), (63, 7), (64, 8))),
+        ("dino", 16, 32, 2),  # it drops the CLS token, and its summary is of the whole canvas
+        ("dino", 32, 48, 4),  # not the size of the model, which sees the canvas
+    ],
+)
+def test_patches_that_the_view_covers_wholly_are_kept(
+    request: pytest.FixtureRequest, model: str, size: int, canvas: int, rows: int
+) -> None:
+    folder = request.getfixturevalue(model)
+    teacher = load(**document(folder, size=size, pad=canvas))
+    expected, found = oracle(folder, on_canvas(normalized(size), canvas)), teacher(images(size))
     assert teacher.outputs["patches"].grid == (rows, rows)
-    assert_same(teacher(images(size))["patches"], map_BDRC[:, :, :rows, :rows].flatten(2).mT)
+    assert expected["patches"].shape[:3] == (3, canvas // 8, canvas // 8)
+    assert_same(found["patches"], expected["patches"][:, :rows, :rows].flatten(1, 2))
+    assert set(found) == set(expected)
+    if model == "dino":
+        assert_same(found["summary"], expected["summary"])
 
 
-def test_tokens_before_the_patches_are_dropped_and_the_summary_is_of_the_whole_canvas(dino: Path) -> None:
-    teacher = load(**document(dino, size=16, pad=32))
-    expected = oracle(dino, on_canvas(images(16), 32))
-    found = teacher(images(16))
-    assert teacher.outputs["patches"].grid == (2, 2)
-    assert_same(found["patches"], expected.last_hidden_state[:, 1:].unflatten(1, (4, 4))[:, :2, :2].flatten(1, 2))
-    assert_same(found["summary"], expected.pooler_output[:, None])
-
-
-def test_a_canvas_of_another_size_than_the_models_own_is_the_size_that_the_model_sees(dino: Path) -> None:
-    teacher = load(**document(dino, size=32, pad=48))
-    expected = oracle(dino, on_canvas(images(32), 48)).last_hidden_state[:, 1:]
-    assert_same(teacher(images(32))["patches"], expected.unflatten(1, (6, 6))[:, :4, :4].flatten(1, 2))
-
-
-def test_a_canvas_as_large_as_the_view_is_none(dino: Path) -> None:
+def test_canvas_as_large_as_the_view_is_none(dino: Path) -> None:
     asked = [Teacher.model_validate(document(dino, **keys)) for keys in ({}, {"pad": 32})]
     assert resolve("dino", asked[0]).preprocessing == resolve("dino", asked[1]).preprocessing
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("size", "canvas", "sentence"),
     [
-        ({"size": 32, "pad": 16}, r"teachers\.teacher\.pad: 16 is smaller than the size 32"),
-        ({"size": 7, "pad": 64}, r"size 7 covers none of the 8 x 8 patches of a canvas of 64 wholly; .* at least 8"),
-        ({"size": 32, "pad": 48}, r"the model cannot take images of size 32 on a canvas of 48"),
+        (32, 16, "...teachers.teacher.pad: 16 is smaller than the size 32..."),
+        (7, 64, "...size 7 covers none of the 8 x 8 patches of a canvas of 64 wholly; ... at least 8..."),
+        (32, 48, "...the model cannot take images of size 32 on a canvas of 48..."),
     ],
 )
-def test_a_canvas_that_cannot_be_is_refused(sam: Path, keys: dict[str, int], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        load(**document(sam, **keys))
+def test_impossible_canvas_is_refused(sam: Path, size: int, canvas: int, sentence: str) -> None:
+    refuses(sentence, load, **document(sam, size=size, pad=canvas))
 
 
-def test_the_canvas_is_part_of_the_fingerprint(dino: Path) -> None:
-    def fields(**keys: Any) -> dict[str, Any]:
+def test_canvas_is_part_of_the_fingerprint(dino: Path) -> None:
+    def fields(**keys: Any) -> Keys:
         plan = Plan.model_validate(
             {"store": "s", "data": {"shards": "*.tar"}, "teachers": {"dino": document(dino, size=16, **keys)}}
         )
@@ -122,10 +128,9 @@ def test_the_canvas_is_part_of_the_fingerprint(dino: Path) -> None:
 def test_int8_targets_of_a_run_give_back_the_features_of_the_kept_patches(
     sam: Path, tmp_path: Path, decoders: Decoders
 ) -> None:
-    def features(squares: list[Image.Image]) -> dict[str, torch.Tensor]:
-        arrays = [np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC)) for square in squares]
-        map_BDRC = oracle(sam, on_canvas(np.stack(arrays), 64)).last_hidden_state
-        return {"patches": map_BDRC[:, :, :4, :4].flatten(2).mT}
+    def features(squares: list[Image.Image]) -> Features:
+        found = oracle(sam, on_canvas(pixels_of(squares, GIVEN), 64))
+        return {"patches": found["patches"][:, :4, :4].flatten(1, 2)}
 
     assert snr_of_a_run(tmp_path, decoders, document(sam, size=32, pad=64), features)["patches"] >= 40
 
@@ -133,32 +138,32 @@ def test_int8_targets_of_a_run_give_back_the_features_of_the_kept_patches(
 # --- images that are no squares ---
 
 
-def test_pixels_outside_of_an_image_are_zero_to_the_model_whatever_is_in_them(dino: Path) -> None:
+def test_pixels_outside_of_an_image_are_zero_to_the_model(dino: Path) -> None:
     teacher = load(**document(dino))
     extents_B2 = np.array([[32, 32], [32, 17], [9, 32]])
-    expected_B3SS = on_canvas(images(32), 32)
+    expected_B3SS = normalized(32)
     expected_B3SS[1, :, :, 17:] = 0
     expected_B3SS[2, :, 9:] = 0
     expected = oracle(dino, expected_B3SS)
     dirty = images(32)
     dirty[1, :, 17:] = 255
-    for given in (images(32), dirty):
+    for given in (images(32), dirty):  # whatever is in them
         found = teacher(given, extents_B2)
-        assert_same(found["patches"], expected.last_hidden_state[:, 1:])
-        assert_same(found["summary"], expected.pooler_output[:, None])
+        assert_same(found["patches"], expected["patches"].flatten(1, 2))
+        assert_same(found["summary"], expected["summary"])
     assert_same(teacher(images(32), np.full((3, 2), 32))["patches"], teacher(images(32))["patches"])
 
 
-def test_an_image_that_is_no_square_also_goes_on_a_canvas(sam: Path) -> None:
+def test_image_that_is_no_square_also_goes_on_a_canvas(sam: Path) -> None:
     teacher = load(**document(sam, size=32, pad=64))
-    expected_B3SS = on_canvas(images(32), 64)
+    expected_B3SS = on_canvas(normalized(32), 64)
     expected_B3SS[:, :, 20:] = 0
-    expected_BDRC = oracle(sam, expected_B3SS).last_hidden_state[:, :, :4, :4]
-    assert_same(teacher(images(32), np.array([[20, 32]] * 3))["patches"], expected_BDRC.flatten(2).mT)
+    expected = oracle(sam, expected_B3SS)["patches"][:, :4, :4]
+    assert_same(teacher(images(32), np.array([[20, 32]] * 3))["patches"], expected.flatten(1, 2))
 
 
 @pytest.mark.parametrize(("size", "grid"), [(32, (4, 4)), (224, (16, 16)), (50, (7, 7)), (12, (3, 2))])
-def test_a_token_is_covered_where_its_patch_lies_wholly_inside_the_image(size: int, grid: tuple[int, int]) -> None:
+def test_token_is_covered_where_its_patch_lies_inside_the_image(size: int, grid: tuple[int, int]) -> None:
     rows, columns = grid
     extents_B2 = np.random.default_rng(0).integers(1, size + 1, (200, 2))
     extents_B2[0] = size

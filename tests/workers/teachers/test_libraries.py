@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from statsvc.errors import PlanError
-from statsvc.plan import Teacher
 from tests import ROOT
+from tests.support.refusals import refuses
+from tests.support.teachers import digest
 from tests.support.teachers_env import PYTHON
-from workers.teachers import resolve
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "open_clip"])
-def test_a_source_gives_what_its_own_library_gives(library: str) -> None:
+def test_source_gives_what_its_own_library_gives(library: str) -> None:
     if not PYTHON.exists():
         pytest.skip(
             f"{library} was not tried: there is no .venv-teachers; python -m tests.support.teachers_env makes it"
@@ -37,9 +36,8 @@ def test_a_source_gives_what_its_own_library_gives(library: str) -> None:
 @pytest.mark.parametrize(
     ("source", "library", "extra"), [("timm", "timm", "timm"), ("open_clip", "open_clip", "open-clip")]
 )
-def test_a_library_that_is_missing_is_named_with_what_installs_it(source: str, library: str, extra: str) -> None:
+def test_missing_library_is_named_with_what_installs_it(source: str, library: str, extra: str) -> None:
     if importlib.util.find_spec(library) is not None:
         pytest.skip(f"{library} is installed here")
-    with pytest.raises(PlanError) as refused:
-        resolve("dino", Teacher(source=source, model="org/name"))
-    assert str(refused.value) == f"teachers.dino.source: this source needs {library}: pip install 'statsvc[{extra}]'"
+    sentence = f"teachers.teacher.source: this source needs {library}: pip install 'statsvc[{extra}]'"
+    refuses(sentence, digest, source=source, model="org/name")

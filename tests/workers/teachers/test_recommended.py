@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from statsvc.errors import PlanError
-from tests.support.teachers import assert_same, images, load, pixels
-from tests.workers.teachers.test_sources_transformers import DINO, GIVEN, SAM, SMALL, build
+from tests.support.checkpoints import DINO, GIVEN, SAM, SMALL, save_checkpoint
+from tests.support.refusals import refuses
+from tests.support.teachers import Keys, assert_same, images, load, pixels
 
 # Code as it comes with C-RADIO: another name for the pixels, several CLS-like vectors in a row, a named tuple.
 RADIO = """
@@ -56,6 +56,10 @@ class Radio(NamedTuple):
     folder: Path
     stem: torch.nn.Conv2d
 
+    @property
+    def keys(self) -> Keys:
+        return {"source": "transformers", "model": str(self.folder), "trust_remote_code": True}
+
     def oracle(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Summary and features of images(32), whose pixels the model normalizes by itself."""
         with torch.inference_mode():
@@ -90,9 +94,9 @@ def write_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_c_radio_gives_its_features_and_its_several_summaries_as_one_vector(radio: Radio) -> None:
+def test_c_radio_gives_its_features_and_one_vector_of_summaries(radio: Radio) -> None:
     taps = {"patches": "features", "summary": "summary"}
-    teacher = load(source="transformers", model=str(radio.folder), trust_remote_code=True, taps=taps)
+    teacher = load(**radio.keys, taps=taps)
     assert teacher.preprocessing.mean == (0, 0, 0)
     assert teacher.preprocessing.std == (1, 1, 1)
     found, (summary_BD, features_BTD) = teacher(images(32)), radio.oracle()
@@ -104,57 +108,48 @@ def test_c_radio_gives_its_features_and_its_several_summaries_as_one_vector(radi
 def test_outputs_without_names_are_tapped_by_number(radio: Radio) -> None:
     write_config(radio.folder, named=False)
     taps = {"patches": "1", "summary": "0"}
-    found = load(source="transformers", model=str(radio.folder), trust_remote_code=True, taps=taps)(images(32))
+    found = load(**radio.keys, taps=taps)(images(32))
     assert_same(found["patches"], radio.oracle()[1])
     assert_same(found["summary"], radio.oracle()[0][:, None])
 
 
-def test_without_its_taps_c_radio_is_refused_with_those_it_has(radio: Radio) -> None:
-    with pytest.raises(
-        PlanError, match=r"'last_hidden_state' is not an output of this model; it has summary, features"
-    ):
-        load(source="transformers", model=str(radio.folder), trust_remote_code=True)
+def test_c_radio_without_taps_is_refused_with_those_it_has(radio: Radio) -> None:
+    sentence = "...'last_hidden_state' is not an output of this model; it has summary, features..."
+    refuses(sentence, load, **radio.keys)
 
 
 def test_code_of_another_repository_is_refused(radio: Radio) -> None:
     # It could change without a change of the digest.
     write_config(radio.folder, auto_map={"AutoConfig": "radio_code.Configuration", "AutoModel": "org/name--code.Model"})
-    with pytest.raises(PlanError, match=r"auto_map .*'org/name--code\.Model', code of another repository; copy it"):
-        load(source="transformers", model=str(radio.folder), trust_remote_code=True)
+    refuses("...auto_map ...'org/name--code.Model', code of another repository; copy it...", load, **radio.keys)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config", "taps", "patches", "summary"),
+    ("architecture", "config", "before", "summary"),
     [
-        ("dinov2", DINO, {}, lambda x: x.last_hidden_state[:, 1:], lambda x: x.last_hidden_state[:, :1]),
-        (
-            "dinov2_with_registers", {**DINO, "num_register_tokens": 4}, {},
-            lambda x: x.last_hidden_state[:, 5:], lambda x: x.last_hidden_state[:, :1],
-        ),
-        (
-            "dinov3_vit", {**SMALL, "num_register_tokens": 4}, {},
-            lambda x: x.last_hidden_state[:, 5:], lambda x: x.last_hidden_state[:, :1],
-        ),
-        ("siglip_vision_model", SMALL, {}, lambda x: x.last_hidden_state, lambda x: x.pooler_output[:, None]),
-        ("sam_vision_model", SAM, {}, lambda x: x.last_hidden_state.flatten(2).mT, None),
+        ("dinov2", DINO, 1, "cls"),
+        ("dinov2_with_registers", {**DINO, "num_register_tokens": 4}, 5, "cls"),
+        ("dinov3_vit", {**SMALL, "num_register_tokens": 4}, 5, "cls"),
+        ("siglip_vision_model", SMALL, 0, "pooler"),
+        ("sam_vision_model", SAM, 0, None),
     ],
-)  # fmt: skip
-def test_the_outputs_are_those_that_the_readme_names(
-    tmp_path: Path, architecture: str, config: dict[str, Any], taps: dict[str, str], patches: Any, summary: Any
+)
+def test_outputs_are_those_that_the_readme_names(
+    tmp_path: Path, architecture: str, config: Keys, before: int, summary: str | None
 ) -> None:
-    model = build(tmp_path, architecture, config)
+    model = save_checkpoint(tmp_path, architecture, config)
     with torch.inference_mode():
         expected = model(pixel_values=pixels(images(32), GIVEN["mean"], GIVEN["std"]))
-    found = load(source="transformers", model=str(tmp_path), taps=taps, **GIVEN)(images(32))
-    assert_same(found["patches"], patches(expected))
-    if summary is None:
-        assert set(found) == {"patches"}
-    else:
-        assert_same(found["summary"], summary(expected))
+    hidden = expected.last_hidden_state
+    found = load(source="transformers", model=str(tmp_path), **GIVEN)(images(32))
+    assert set(found) == ({"patches", "summary"} if summary else {"patches"})
+    assert_same(found["patches"], hidden.flatten(2).mT if hidden.ndim == 4 else hidden[:, before:])
+    if summary:
+        assert_same(found["summary"], hidden[:, :1] if summary == "cls" else expected.pooler_output[:, None])
 
 
 def test_sam_before_its_neck_is_a_hidden_state(tmp_path: Path) -> None:
-    model = build(tmp_path, "sam_vision_model", SAM)
+    model = save_checkpoint(tmp_path, "sam_vision_model", SAM)
     teacher = load(source="transformers", model=str(tmp_path), taps={"patches": "hidden_states.-1"}, **GIVEN)
     with torch.inference_mode():
         given = pixels(images(32), GIVEN["mean"], GIVEN["std"])
