@@ -34,7 +34,7 @@ def reordered(value: Any) -> Any:
 
 
 @given(values)
-def test_json_says_the_value_exactly_and_alike_in_whatever_order_it_was_made(value: Any) -> None:
+def test_json_is_exact_and_the_same_in_any_order(value: Any) -> None:
     text = canonical_json(value)
     assert json.loads(text) == value
     assert canonical_json(reordered(value)) == text
@@ -47,18 +47,18 @@ def test_json_has_sorted_keys_no_spaces_and_utf8() -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_json_does_not_know_are_refused(number: float) -> None:
+def test_numbers_unknown_to_json_are_refused(number: float) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json({"loss": [number]})
 
 
-def test_what_is_no_json_is_refused_not_described() -> None:
+def test_values_that_are_no_json_are_refused() -> None:
     for value in (np.float32(1), np.zeros(3), {1, 2}, b"bytes"):
         with pytest.raises(TypeError):
             canonical_json({"value": value})
 
 
-def test_the_digest_is_that_of_all_parts_joined() -> None:
+def test_digest_is_that_of_all_parts_joined() -> None:
     number_23 = np.arange(6, dtype=np.float64).reshape(2, 3) / 7
     expected = hashlib.sha256(b"head" + struct.pack("<6d", *number_23.ravel().tolist()) + b"tail").hexdigest()
     assert sha256(b"head", number_23, b"tail") == expected
@@ -79,12 +79,12 @@ NUMBERS_23 = np.arange(6, dtype=np.float64).reshape(2, 3) / 7
         pytest.param(NUMBERS_23[::-1].copy()[::-1], id="backwards"),
     ],
 )
-def test_arrays_of_equal_numbers_have_one_digest_however_they_lie_in_memory(array: NDArray[np.float64]) -> None:
+def test_digest_does_not_depend_on_the_memory_layout(array: NDArray[np.float64]) -> None:
     assert sha256(array) == sha256(NUMBERS_23)
     assert little_endian(array).tobytes() == NUMBERS_23.astype("<f8").tobytes()
 
 
-def test_the_digest_sees_every_bit() -> None:
+def test_digest_depends_on_every_bit() -> None:
     changed_23 = NUMBERS_23.copy()
     changed_23[1, 1] = np.nextafter(changed_23[1, 1], 1)
     negative_zero = NUMBERS_23.copy()

@@ -33,12 +33,12 @@ def bit_by_bit(data: bytes) -> int:
         (b"123456789", "e3069283"),
     ],
 )
-def test_published_values_are_met(data: bytes, expected: str) -> None:
+def test_checksums_are_the_published_ones(data: bytes, expected: str) -> None:
     assert crc32c_hex(crc32c(data)) == expected
     assert bit_by_bit(data) == crc32c(data)
 
 
-def test_every_kind_of_buffer_counts_as_its_bytes_in_c_order(tmp_path: Path) -> None:
+def test_buffers_of_any_kind_count_as_bytes_in_c_order(tmp_path: Path) -> None:
     number_34 = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float16)
     expected = crc32c(number_34.tobytes())
     (tmp_path / "file").write_bytes(number_34.tobytes())
@@ -58,16 +58,16 @@ def test_every_kind_of_buffer_counts_as_its_bytes_in_c_order(tmp_path: Path) -> 
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))
-def test_a_checksum_can_go_on_where_another_ended(first: bytes, second: bytes) -> None:
+def test_checksum_can_continue_another(first: bytes, second: bytes) -> None:
     assert crc32c(second, crc32c(first)) == crc32c(first + second) == bit_by_bit(first + second)
 
 
 @given(st.binary(max_size=2000), st.binary(max_size=2000))
-def test_combining_two_checksums_gives_the_checksum_of_the_joined_bytes(first: bytes, second: bytes) -> None:
+def test_two_checksums_combine_to_that_of_the_joined_bytes(first: bytes, second: bytes) -> None:
     assert Combine(len(second))(crc32c(first), crc32c(second)) == crc32c(first + second)
 
 
-def test_many_blocks_of_half_a_megabyte_combine_as_they_do_in_a_shard() -> None:
+def test_many_blocks_combine_as_in_a_shard() -> None:
     block_NX = np.random.default_rng(0).integers(0, 256, (5, 1 << 19), dtype=np.uint8)
     crc = 0
     for block_X in block_NX:
@@ -77,5 +77,5 @@ def test_many_blocks_of_half_a_megabyte_combine_as_they_do_in_a_shard() -> None:
 
 
 @given(st.binary(max_size=500))
-def test_data_followed_by_its_checksum_has_the_same_checksum_whatever_the_data(data: bytes) -> None:
+def test_sealed_data_always_has_the_same_checksum(data: bytes) -> None:
     assert crc32c(data + crc32c(data).to_bytes(CRC_NBYTES, "little")) == SEALED

@@ -38,7 +38,7 @@ def display(output: io.StringIO) -> Display:
     return Display(Console(file=output, highlight=False, soft_wrap=True))
 
 
-def test_a_log_has_a_line_with_rate_and_time_left_for_each_teacher(
+def test_log_has_a_line_with_rate_and_time_left_per_teacher(
     clock: Clock, output: io.StringIO, display: Display
 ) -> None:
     with display.phase_of_teachers("cache", {"dino": 400, "siglip": 100}) as bars:
@@ -57,7 +57,7 @@ def test_a_log_has_a_line_with_rate_and_time_left_for_each_teacher(
     ]
 
 
-def test_what_is_lost_with_a_worker_is_taken_back(clock: Clock, output: io.StringIO, display: Display) -> None:
+def test_images_lost_with_a_worker_are_taken_back(clock: Clock, output: io.StringIO, display: Display) -> None:
     with display.phase_of_teachers("measure", {"dino": 30}) as bars:
         bars.advance("dino", 20)
         bars.advance("dino", -20)
@@ -66,14 +66,14 @@ def test_what_is_lost_with_a_worker_is_taken_back(clock: Clock, output: io.Strin
         assert output.getvalue() == "measure dino: 10 of 30 images, 1.0/s, 20 s left\n"
 
 
-def test_a_phase_that_is_over_has_no_time_left(clock: Clock, output: io.StringIO, display: Display) -> None:
+def test_finished_phase_has_no_time_left(clock: Clock, output: io.StringIO, display: Display) -> None:
     with display.phase_of_teachers("measure", {"dino": 30}) as bars:
         clock.now += 1
         bars.advance("dino", 10)
     assert output.getvalue() == "measure dino: 10 of 30 images, 10.0/s\n"
 
 
-def test_a_terminal_has_a_bar_for_each_teacher() -> None:
+def test_terminal_has_a_bar_for_each_teacher() -> None:
     output = io.StringIO()
     display = Display(Console(file=output, force_terminal=True, width=120))
     with display.phase_of_teachers("cache", {"dino": 4, "siglip": 8}, "views") as bars:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +16,10 @@ import safetensors
 import zarr
 from safetensors.numpy import load_file
 
-from statsvc.cli import main
 from statsvc.store import export as export_module
 from statsvc.store.reader import Targets
 from tests.support.finished import ABSENT, Finished
+from tests.support.refusals import Ended, command, refused
 from tests.support.service import Running
 
 ROWS = [row for row in range(21) if row not in ABSENT]
@@ -29,27 +29,18 @@ TEXTS = (
 )  # fmt: skip
 
 
-class Ended(NamedTuple):
-    code: int
-    printed: str
-    errors: str
-
-
 Export = Callable[..., Ended]
 
 
 @pytest.fixture
-def export(finished_once: Finished, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Export:
+def export(finished_once: Finished, capfd: pytest.CaptureFixture[str]) -> Export:
     """The command, as a user starts it, on the finished store and its teacher `dino` unless other ones are given."""
 
     def run(*arguments: object) -> Ended:
         given = [str(argument) for argument in arguments]
         for option, value in (("--store", finished_once.path), ("--teacher", "dino")):
             given += [] if option in given else [option, str(value)]
-        monkeypatch.setattr(sys, "argv", ["statsvc", "export", *given])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
+        return command(capfd, "export", *given)
 
     return run
 
@@ -85,7 +76,7 @@ class TestTransforms:
             assert array.dtype == np.float32
             np.testing.assert_array_equal(array, expected[name].astype(np.float32))
 
-    def test_npz_loads_without_pickle_and_holds_what_the_artifact_holds(
+    def test_npz_loads_without_pickle_and_holds_the_artifact(
         self, export: Export, finished_once: Finished, tmp_path: Path
     ) -> None:
         assert export("--output", "summary", tmp_path / "t.npz").code == 0
@@ -98,7 +89,7 @@ class TestTransforms:
                 np.testing.assert_array_equal(found[name], expected.get_tensor(name))
             assert set(found.files) == {"mean", "matrix", "inverse", *TEXTS}
 
-    def test_a_digest_names_a_transform_of_any_output(
+    def test_digest_names_a_transform_of_any_output(
         self, export: Export, finished_once: Finished, tmp_path: Path
     ) -> None:
         expected = artifact(finished_once, "summary", "global")
@@ -115,7 +106,7 @@ class TestOnnx:
         return found
 
     @pytest.mark.parametrize("method", ["phi-s", "global", "standardize"])
-    def test_a_runtime_computes_the_targets_and_the_way_back(
+    def test_runtime_computes_the_targets_and_the_way_back(
         self, export: Export, finished_once: Finished, tmp_path: Path, method: str
     ) -> None:
         assert export("--method", method, tmp_path / "there.onnx").code == 0
@@ -131,7 +122,7 @@ class TestOnnx:
         exact_BTD = y_BTk.astype(np.float64) @ arrays["inverse"].T + arrays["mean"]
         assert (np.abs(self.run(tmp_path / "back.onnx", targets=y_BTk) - exact_BTD) <= bound_BTD).all()
 
-    def test_any_number_of_images_and_tokens_is_taken_and_no_other_width(self, export: Export, tmp_path: Path) -> None:
+    def test_model_takes_any_number_of_tokens_and_no_other_width(self, export: Export, tmp_path: Path) -> None:
         assert export(tmp_path / "t.onnx").code == 0
         for images, tokens in ((1, 1), (5, 3)):
             assert self.run(tmp_path / "t.onnx", features=np.ones((images, tokens, 32), np.float32)).shape == (
@@ -140,9 +131,7 @@ class TestOnnx:
         with pytest.raises(Exception, match="invalid dimensions"):
             self.run(tmp_path / "t.onnx", features=np.ones((2, 3, 1), np.float32))
 
-    def test_the_model_says_whose_transform_it_is(
-        self, export: Export, finished_once: Finished, tmp_path: Path
-    ) -> None:
+    def test_model_says_whose_transform_it_is(self, export: Export, finished_once: Finished, tmp_path: Path) -> None:
         assert export("--output", "summary", tmp_path / "t.onnx").code == 0
         model = importlib.import_module("onnx").load(tmp_path / "t.onnx")
         with safetensors.safe_open(artifact(finished_once, "summary"), "numpy") as expected:
@@ -150,19 +139,17 @@ class TestOnnx:
                 **expected.metadata(), "direction": "features to targets",
             }  # fmt: skip
 
-    def test_without_the_package_it_says_how_to_get_it(
+    def test_missing_package_is_named_with_what_installs_it(
         self, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "onnx", None)
-        ended = export(tmp_path / "t.onnx")
-        assert ended.code == 2
-        assert "pip install 'statsvc[export]'" in ended.errors
+        refused("pip install 'statsvc[export]'", export(tmp_path / "t.onnx"))
         assert not list(tmp_path.iterdir())
 
 
 class TestTargets:
     @pytest.mark.parametrize("output", ["patches", "summary"])
-    def test_features_are_those_of_every_row_that_exists_with_its_number(
+    def test_features_are_those_of_every_row_that_exists(
         self, export: Export, finished_once: Finished, tmp_path: Path, output: str
     ) -> None:
         ended = export("--output", output, tmp_path / "x.npy")
@@ -185,7 +172,7 @@ class TestTargets:
         y_RTk = codes_RTk * np.asarray(zarr.open_array(folder / "scales", mode="r")[:])[..., None]
         np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), y_RTk[ROWS].astype(np.float16))
 
-    def test_small_blocks_give_the_same_file_and_never_more_rows_at_once(
+    def test_small_blocks_give_the_same_file_with_fewer_rows_at_once(
         self, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert export(tmp_path / "whole.npy").code == 0
@@ -214,7 +201,7 @@ class TestTargets:
             (" 4 , 18:100", [4, 18, 19]),
         ],
     )
-    def test_rows_are_numbers_in_their_order_and_what_exists_of_ranges(
+    def test_rows_are_numbers_in_order_and_what_exists_of_ranges(
         self, export: Export, finished_once: Finished, tmp_path: Path, asked: str, rows: list[int]
     ) -> None:
         assert export("--rows", asked, tmp_path / "x.npy").code == 0
@@ -222,22 +209,21 @@ class TestTargets:
         expected_NTD = finished_once.store.teacher("dino").targets().read(rows, "teacher")
         np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), expected_NTD)
 
-    def test_a_service_gives_the_same_files(self, export: Export, service_once: Running, tmp_path: Path) -> None:
+    def test_service_gives_the_same_files(self, export: Export, service_once: Running, tmp_path: Path) -> None:
         for name, options in (("x.npy", ("--rows", "3:16")), ("t.safetensors", ()), ("t.npz", ())):
             for place, source in (("near", service_once.store_path), ("far", service_once.url)):
                 assert export("--store", source, *options, tmp_path / f"{place}-{name}").code == 0
             assert (tmp_path / f"near-{name}").read_bytes() == (tmp_path / f"far-{name}").read_bytes()
 
     @pytest.mark.usefixtures("unsynced")
-    def test_a_raw_cache_set_is_normalized_by_the_method_that_is_named(
+    def test_raw_cache_set_is_normalized_by_the_named_method(
         self, export: Export, finished: Finished, tmp_path: Path
     ) -> None:
         raw = finished.plan.targets.model_copy(update={"space": "teacher", "dtype": "float16"})
         assert Finished(finished.folder, finished.plan.model_copy(update={"targets": raw})).run() == 0
         source = ("--store", finished.path, "--rows", "0:9")
-        refused = export(*source, tmp_path / "x.npy")
-        assert refused.code == 2
-        assert "--set chooses one of the cache sets of dino; there are phi-s-" in refused.errors
+        sentence = "--set chooses one of the cache sets of dino; there are phi-s-"
+        refused(sentence, export(*source, tmp_path / "x.npy"))
         assert export(*source, "--set", "raw-float16", tmp_path / "x.npy").code == 0
         values_RTD = zarr.open_array(finished.path / "teachers/dino/cache/raw-float16/patches/values", mode="r")
         x_NTD = np.asarray(values_RTD[:9], np.float32)[[0, 1, 2, 3, 4, 5, 7, 8]]
@@ -254,25 +240,23 @@ class TestTargets:
         read = Targets.read
         monkeypatch.setattr(Targets, "read", lambda targets, rows, space: read(targets, rows, space) * 1e6)
         ended = export("--dtype", "float16", "--rows", "3:9", tmp_path / "x.npy")
-        assert ended.code == 2
-        assert "rows 3 to 8 hold numbers beyond it; use float32" in ended.errors
+        refused("rows 3 to 8 hold numbers beyond it; use float32", ended)
         assert not list(tmp_path.iterdir())
 
 
 class TestFiles:
-    def test_a_file_that_is_there_is_replaced_only_by_force(self, export: Export, tmp_path: Path) -> None:
+    def test_existing_file_is_replaced_only_by_force(self, export: Export, tmp_path: Path) -> None:
         for name in ("x.npy", "x.npy.rows.npy"):
             (tmp_path / name).write_text("years of work")
-            ended = export(tmp_path / "x.npy")
-            assert (ended.code, (tmp_path / name).read_text()) == (2, "years of work")
-            assert f"{tmp_path / name} is there already; --force" in ended.errors
+            refused(f"{tmp_path / name} is there already; --force", export(tmp_path / "x.npy"))
+            assert (tmp_path / name).read_text() == "years of work"
             assert len(list(tmp_path.iterdir())) == 1
             assert export("--force", tmp_path / "x.npy").code == 0
             assert len(np.load(tmp_path / "x.npy")) == len(np.load(tmp_path / "x.npy.rows.npy")) == len(ROWS)
             for file in tmp_path.iterdir():
                 file.unlink()
 
-    def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    def test_too_small_disk_is_reported_before_anything_is_written(
         self, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         needed = len(ROWS) * (16 * 32 * 4 + 8)
@@ -284,7 +268,7 @@ class TestFiles:
             assert ("GB are free" in ended.errors) == bool(code)
             assert bool(list(tmp_path.iterdir())) != bool(code)
 
-    def test_a_disk_that_fills_up_leaves_the_old_files_and_no_other(
+    def test_disk_that_fills_up_leaves_the_old_files_alone(
         self, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert export("--rows", "0:3", tmp_path / "x.npy").code == 0
@@ -329,7 +313,7 @@ class TestFiles:
     }  # fmt: skip
 
     @pytest.mark.parametrize("mistake", MISTAKES)
-    def test_a_mistake_is_told_in_one_sentence_and_leaves_no_file(
+    def test_mistake_gives_one_sentence_and_leaves_no_file(
         self, export: Export, finished_once: Finished, tmp_path: Path, mistake: str
     ) -> None:
         arguments, words = self.MISTAKES[mistake]
@@ -338,8 +322,6 @@ class TestFiles:
         }
         given = [digests.get(argument, argument.replace("FOLDER", str(tmp_path))) for argument in arguments]
         ended = export(*given)
-        assert ended.code == 2
-        assert words in ended.errors
+        refused(words, ended)
         assert len(ended.errors.splitlines()) == 1
-        assert ended.printed == ""
         assert not list(tmp_path.iterdir())

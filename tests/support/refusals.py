@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,23 @@ def refuses(sentence: str, call: Callable[..., object], *arguments: Any, **keys:
     says(str(refused.value), sentence)
 
 
+def file_refusal(content: str | bytes, file: Path, read: Callable[[Path], object]) -> str:
+    """What is said of a file with that content, after the path that every sentence begins with."""
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PlanError) as refused:
+        read(file)
+    sentences = str(refused.value).splitlines()
+    assert all(sentence.startswith(str(file)) for sentence in sentences)
+    return "\n".join(sentence.removeprefix(str(file)).lstrip(":, ") for sentence in sentences)
+
+
+def file_refuses(sentences: str, content: str | bytes, file: Path, read: Callable[[Path], object]) -> None:
+    """These sentences, one a line, and no more of them."""
+    said = file_refusal(content, file, read)
+    says(said, sentences)
+    assert len(said.splitlines()) == len(sentences.splitlines())
+
+
 class Ended(NamedTuple):
     code: int
     printed: str
@@ -34,6 +52,7 @@ class Ended(NamedTuple):
 
 def command(capfd: pytest.CaptureFixture[str], *arguments: object) -> Ended:
     """`statsvc` with these arguments, in this process."""
+    capfd.readouterr()  # of what was before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["statsvc", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
@@ -41,9 +60,8 @@ def command(capfd: pytest.CaptureFixture[str], *arguments: object) -> Ended:
     return Ended(int(ended.value.code or 0), *capfd.readouterr())
 
 
-def command_refuses(words: str, capfd: pytest.CaptureFixture[str], *arguments: object) -> None:
-    """It ends with 2, these words on stderr, and nothing on stdout."""
-    ended = command(capfd, *arguments)
+def refused(words: str, ended: Ended) -> None:
+    """A command ended with 2, these words on stderr, and nothing on stdout."""
     assert (ended.code, ended.printed) == (2, "")
     assert words in ended.errors
     assert "Traceback" not in ended.errors

@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 
 from statsvc import Moments, fit
-from statsvc.cli import main
 from statsvc.dataset.expand import DatasetShard
 from statsvc.numerics.codec import CODECS
 from statsvc.plan import Plan
@@ -31,6 +30,7 @@ from statsvc.store.layout import Output
 from tests.support.finished import SHARDS, Finished, plan_for
 from tests.support.in_process import FakeTeacher, seen_by
 from tests.support.plans import plan_document, write_plan
+from tests.support.refusals import command, refused
 from tests.support.tiny import photographs, write_tar
 from workers.driver import request as request_module
 from workers.driver.request import Request
@@ -42,6 +42,7 @@ from workers.unit.decoders import Decoders
 
 DIM, TOKENS = 12, 4  # of the patches of FakeTeacher
 Told = dict[str, Any]
+Changed = Callable[..., Plan]
 
 
 @pytest.fixture
@@ -75,9 +76,15 @@ def told_of(plan: Plan, images: int = 64) -> Told:
     return copied
 
 
-def one_teacher(folder: Path, dinov2: Path, **changes: Any) -> Plan:
-    plan = plan_for(folder, dinov2, **changes)
-    return plan.model_copy(update={"teachers": {"fake": plan.teachers["dino"]}})
+@pytest.fixture
+def one_teacher(folder: Path, dinov2: Path) -> Changed:
+    """A plan of one teacher, with some keys changed."""
+
+    def changed(**changes: Any) -> Plan:
+        plan = plan_for(folder, dinov2, **changes)
+        return plan.model_copy(update={"teachers": {"fake": plan.teachers["dino"]}})
+
+    return changed
 
 
 # --- an oracle of numpy ---
@@ -130,10 +137,10 @@ class TestNoise:
         ],
         ids=["patches", "summary", "standardize", "rank 6"],
     )
-    def test_it_is_that_of_the_half_that_was_not_fitted(
-        self, folder: Path, dinov2: Path, output: str, changes: dict[str, Any]
+    def test_figures_are_those_of_the_half_that_was_not_fitted(
+        self, one_teacher: Changed, output: str, changes: dict[str, Any]
     ) -> None:
-        told = told_of(one_teacher(folder, dinov2, **changes))["teachers"]["fake"]["outputs"][output]
+        told = told_of(one_teacher(**changes))["teachers"]["fake"]["outputs"][output]
         x_BTD = features_of_all(output)
         rank = changes.get("targets", {}).get("rank")
         fitted_ND, seen_BTD = x_BTD[::2].reshape(-1, x_BTD.shape[-1]), x_BTD[1::2]
@@ -156,17 +163,15 @@ class TestNoise:
         if output == "patches" and not changes:  # or the count would prove nothing
             assert 0 < told["dtypes"]["int4"]["channels_under_10_db"] < DIM
 
-    def test_raw_features_are_measured_as_raw(self, folder: Path, dinov2: Path) -> None:
-        plan = one_teacher(folder, dinov2, targets={"space": "teacher", "dtype": "float16"})
+    def test_raw_features_are_measured_as_raw(self, one_teacher: Changed) -> None:
+        plan = one_teacher(targets={"space": "teacher", "dtype": "float16"})
         told = told_of(plan)["teachers"]["fake"]["outputs"]["patches"]["dtypes"]
         x_BTD = features_of_all("patches")
         expected = decibels(x_BTD[1::2], round_trip("float16", x_BTD[1::2]))
         assert told["float16"]["snr_teacher_db"] == pytest.approx(expected, abs=1e-3)
         assert told["float32"]["snr_teacher_db"] is None
 
-    def test_images_that_cannot_be_used_are_counted_and_told(
-        self, folder: Path, dinov2: Path, fake: Callable[..., None]
-    ) -> None:
+    def test_unusable_images_are_counted_and_reported(self, one_teacher: Changed, fake: Callable[..., None]) -> None:
         class Once(FakeTeacher):
             """One image is not finite, and one beyond the range of float16."""
 
@@ -182,7 +187,7 @@ class TestNoise:
                 return features
 
         fake(Once)
-        plan = one_teacher(folder, dinov2, targets={"space": "teacher", "dtype": "float16"})
+        plan = one_teacher(targets={"space": "teacher", "dtype": "float16"})
         told = told_of(plan)
         assert told["teachers"]["fake"]["unusable_images"] == 1
         assert told["trial"] == {"images": 17, "undecodable_images": 1}
@@ -198,12 +203,12 @@ class TestNoise:
         ):
             assert any(words in warning for warning in told["warnings"]), words
 
-    def test_too_few_tokens_are_told(self, folder: Path, dinov2: Path) -> None:
-        few = told_of(one_teacher(folder, dinov2), images=10)
+    def test_too_few_tokens_are_reported(self, one_teacher: Changed) -> None:
+        few = told_of(one_teacher(), images=10)
         outputs = few["teachers"]["fake"]["outputs"]
         assert {output: about["rough"] for output, about in outputs.items()} == {"patches": True, "summary": True}
         assert any("fake patches: the figures on noise are rough, 20 tokens tell" in w for w in few["warnings"])
-        none = told_of(one_teacher(folder, dinov2), images=2)
+        none = told_of(one_teacher(), images=2)
         summary = none["teachers"]["fake"]["outputs"]["summary"]
         assert summary["refused"]
         assert all(figures["snr_teacher_db"] is None for figures in summary["dtypes"].values())
@@ -213,8 +218,8 @@ class TestNoise:
 
 @pytest.mark.usefixtures("fake")
 class TestBytes:
-    def test_targets_take_what_their_arrays_take(self, folder: Path, dinov2: Path) -> None:
-        told = told_of(one_teacher(folder, dinov2))
+    def test_targets_take_what_their_arrays_take(self, one_teacher: Changed) -> None:
+        told = told_of(one_teacher())
         assert (told["images"], told["rows"], told["dataset_shards"]) == (19, 19, 3)
         checksum_and_index = 20
         by_hand = {
@@ -226,12 +231,12 @@ class TestBytes:
         for dtype, figures in told["teachers"]["fake"]["outputs"]["patches"]["dtypes"].items():
             assert figures["row_bytes"] == by_hand[dtype] + checksum_and_index
             assert figures["bytes"] == 19 * figures["row_bytes"]
-        narrow = told_of(one_teacher(folder, dinov2, targets={"rank": 3}))
+        narrow = told_of(one_teacher(targets={"rank": 3}))
         patches = narrow["teachers"]["fake"]["outputs"]["patches"]
         assert (patches["k"], patches["dim"]) == (3, DIM)
         assert patches["dtypes"]["int4"]["row_bytes"] == TOKENS * 2 + TOKENS * 4 + checksum_and_index
 
-    def test_moments_are_those_of_the_dataset_shards_measured_at_most(self, folder: Path, dinov2: Path) -> None:
+    def test_moments_are_those_of_the_shards_to_be_measured(self, one_teacher: Changed) -> None:
         one_half = DIM * (DIM + 1) // 2 * 8 + DIM * 8 + 8 + 8  # scatter, mean, count, images
         first_two = sum(len(SHARDS[name]) for name in pilot_order(list(SHARDS))[:2])
         for statistics, shards, images in (
@@ -240,28 +245,26 @@ class TestBytes:
             ({"max_images": 8}, 2, first_two),
             ({"images": 1}, 1, len(SHARDS[pilot_order(list(SHARDS))[0]])),
         ):
-            told = told_of(one_teacher(folder, dinov2, statistics=statistics), images=4)
+            told = told_of(one_teacher(statistics=statistics), images=4)
             assert told["teachers"]["fake"]["outputs"]["patches"]["moments_bytes"] == shards * (2 * one_half + 4 * 4)
             assert (told["measure"]["dataset_shards"], told["measure"]["images"]) == (shards, images)
 
-    def test_a_disk_that_is_too_small_is_told(
-        self, folder: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        needed = told_of(one_teacher(folder, dinov2))["store"]["needed_bytes"]
-        outputs = told_of(one_teacher(folder, dinov2))["teachers"]["fake"]["outputs"].values()
+    def test_too_small_disk_is_reported(self, one_teacher: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+        needed = told_of(one_teacher())["store"]["needed_bytes"]
+        outputs = told_of(one_teacher())["teachers"]["fake"]["outputs"].values()
         assert needed == sum(about["dtypes"]["int8"]["bytes"] + about["moments_bytes"] for about in outputs)
         for free, count in ((needed - 1, 1), (needed, 0)):
             monkeypatch.setattr(LocalBackend, "free_bytes", lambda _, free=free: free)
-            warnings = told_of(one_teacher(folder, dinov2))["warnings"]
+            warnings = told_of(one_teacher())["warnings"]
             assert sum("GB are still to be written" in warning for warning in warnings) == count
 
-    def test_what_is_remote_and_unknown_is_not_read_but_called_unknown(
-        self, folder: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
+    def test_unknown_remote_shards_are_not_read(
+        self, one_teacher: Changed, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def work(told: dict[str, int], **data: Any) -> Any:
             for module in (request_module, estimate_module):
                 monkeypatch.setattr(module, "told_samples", lambda _: told)
-            plan = one_teacher(folder, dinov2, data={"shards": str(folder / "*.tar"), **data})
+            plan = one_teacher(data={"shards": str(folder / "*.tar"), **data})
             request = Request.read(plan)
             request.shards["b.tar"] = DatasetShard("b.tar", "https://nowhere.invalid/b.tar")
             return plan_work(request.worklist())
@@ -273,13 +276,13 @@ class TestBytes:
         assert work({"b.tar": 7}).samples == {"a.tar": 6, "b.tar": 7, "c.tar": 6}
         assert work({}, rows_per_shard=9).samples == {"a.tar": 9, "b.tar": 9, "c.tar": 9}
 
-    def test_unknown_samples_make_totals_unknown_and_nothing_else(
-        self, folder: Path, dinov2: Path, monkeypatch: pytest.MonkeyPatch
+    def test_unknown_samples_make_only_totals_unknown(
+        self, one_teacher: Changed, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        work = plan_work(Request.read(one_teacher(folder, dinov2)).worklist())
+        work = plan_work(Request.read(one_teacher()).worklist())
         work.samples["c.tar"] = None
         monkeypatch.setattr(estimate_module, "plan_work", lambda _: work)
-        told = told_of(one_teacher(folder, dinov2))
+        told = told_of(one_teacher())
         figures = told["teachers"]["fake"]["outputs"]["patches"]["dtypes"]["int8"]
         assert (told["rows"], figures["bytes"], told["cache"]["hours"]) == (None, None, None)
         assert told["store"]["needed_bytes"] is None
@@ -289,8 +292,8 @@ class TestBytes:
 
 
 class TestTime:
-    def test_what_happens_once_is_not_in_the_rate(
-        self, folder: Path, dinov2: Path, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    def test_rate_leaves_out_what_happens_once(
+        self, one_teacher: Changed, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = 0.0
 
@@ -313,7 +316,7 @@ class TestTime:
         fake(Slow)
         monkeypatch.setattr(trial_module, "time", SimpleNamespace(perf_counter=clock))
         monkeypatch.setattr(estimate_module, "cores", lambda: 4)
-        told = told_of(one_teacher(folder, dinov2))
+        told = told_of(one_teacher())
         rate = told["teachers"]["fake"]["images_per_second"]
         assert rate == pytest.approx(17 / (17 * 0.02 + 5 * 0.5))  # batches of 4, 4 and 1 image, then of 4 and 4
         assert told["decoding"] == {"images_per_second": pytest.approx(18 / 0.5), "processes": 1}
@@ -321,14 +324,10 @@ class TestTime:
         assert told["measure"]["hours"] == pytest.approx(19 * (1 / rate + 0.5 / 18 / 4) / 3600)
         assert told["cache"]["hours"] == told["measure"]["hours"]
 
-    def test_raw_features_of_the_pilot_are_cached_while_they_are_measured(
-        self,
-        folder: Path,
-        dinov2: Path,
-        fake: Callable[..., None],  # noqa: ARG002
-    ) -> None:
+    @pytest.mark.usefixtures("fake")
+    def test_raw_features_are_cached_while_they_are_measured(self, one_teacher: Changed) -> None:
         changes = {"targets": {"space": "teacher", "dtype": "float16"}, "statistics": {"images": 1}}
-        told = told_of(one_teacher(folder, dinov2, **changes))
+        told = told_of(one_teacher(**changes))
         assert told["measure"]["images"] + told["cache"]["images"] == 19
 
 
@@ -344,7 +343,7 @@ def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.slow
-def test_the_command_writes_nothing_and_prints_json_for_scripts(folder: Path) -> None:
+def test_command_writes_nothing_and_prints_json_for_scripts(folder: Path) -> None:
     (folder / "photos").mkdir()
     write_tar(folder / "photos" / "a.tar", photographs("a", "b", "c", "d"))
     plan, before = write_plan(folder, plan_document(folder)), {}
@@ -365,7 +364,7 @@ def test_the_command_writes_nothing_and_prints_json_for_scripts(folder: Path) ->
 
 
 @pytest.mark.usefixtures("one_pool")
-def test_a_finished_store_needs_nothing_more_and_is_left_as_it_is(finished: Finished) -> None:
+def test_finished_store_needs_nothing_and_is_left_alone(finished: Finished) -> None:
     before = tree(finished.folder)
     told = told_of(finished.plan, images=4)
     assert tree(finished.folder) == before
@@ -392,26 +391,14 @@ def test_a_finished_store_needs_nothing_more_and_is_left_as_it_is(finished: Fini
     ],
 )
 @pytest.mark.usefixtures("one_pool")
-def test_a_wrong_plan_is_told_in_one_sentence(
-    finished: Finished,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    options: tuple[str, ...],
-    words: str,
+def test_wrong_plan_is_refused_and_nothing_is_written(
+    finished: Finished, capfd: pytest.CaptureFixture[str], changes: Told, options: tuple[str, ...], words: str
 ) -> None:
     document = finished.plan.model_dump(mode="json") | {"store": str(finished.folder / "new")} | changes
     document["teachers"] = {"siglip": document["teachers"]["siglip"]}
     plan = write_plan(finished.folder, document)
     before = tree(finished.folder)
-    monkeypatch.setattr(sys, "argv", ["statsvc", "estimate", str(plan), *options])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    told = capfd.readouterr()
-    assert ended.value.code == 2
-    assert words in told.err
-    assert "Traceback" not in told.err
-    assert told.out == ""
+    refused(words, command(capfd, "estimate", plan, *options))
     assert tree(finished.folder) == before
 
 
@@ -424,8 +411,8 @@ def printed(told: Told, width: int, *, terminal: bool) -> str:
 
 class TestPrinting:
     @pytest.fixture
-    def told(self, folder: Path, dinov2: Path, fake: Callable[..., None]) -> Told:  # noqa: ARG002
-        told = told_of(one_teacher(folder, dinov2))
+    def told(self, one_teacher: Changed, fake: Callable[..., None]) -> Told:  # noqa: ARG002
+        told = told_of(one_teacher())
         told["rows"] = 10**9
         for about in told["teachers"]["fake"]["outputs"].values():
             about |= {"tokens": 4096, "dim": 1536, "k": 1536}
@@ -434,7 +421,7 @@ class TestPrinting:
         told["teachers"]["a-long-name"] = told["teachers"].pop("fake")
         return told
 
-    def test_a_table_of_large_teachers_fits_100_columns(self, told: Told) -> None:
+    def test_table_of_large_teachers_fits_100_columns(self, told: Told) -> None:
         lines = printed(told, 100, terminal=True).splitlines()
         (patches,) = [line for line in lines if "patches" in line and "int8*" in line]
         assert "4096 x 1536" in patches
@@ -453,5 +440,5 @@ class TestPrinting:
         assert sum("a-long-name patches" in line for line in lines) == len(CODECS)
 
 
-def test_the_fake_teacher_has_the_shape_the_figures_by_hand_are_for() -> None:
+def test_fake_teacher_has_the_shape_of_the_constants() -> None:
     assert FakeTeacher().outputs["patches"] == Output(TOKENS, DIM, (2, 2))
