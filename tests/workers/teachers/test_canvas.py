@@ -125,9 +125,7 @@ def test_canvas_is_part_of_the_fingerprint(dino: Path) -> None:
 
 
 @pytest.mark.slow
-def test_int8_targets_of_a_run_give_back_the_features_of_the_kept_patches(
-    sam: Path, tmp_path: Path, decoders: Decoders
-) -> None:
+def test_int8_targets_of_a_run_give_back_the_kept_patches(sam: Path, tmp_path: Path, decoders: Decoders) -> None:
     def features(squares: list[Image.Image]) -> Features:
         found = oracle(sam, on_canvas(pixels_of(squares, GIVEN), 64))
         return {"patches": found["patches"][:, :4, :4].flatten(1, 2)}

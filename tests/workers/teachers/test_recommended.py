@@ -1,4 +1,4 @@
-"""The teachers that the README recommends, each with the taps of its row there, small and with random weights.
+"""Those teachers that the README recommends with taps, small and with random weights; test_transformers has the others.
 
 Suffixes: B = images, S = side in pixels, T = tokens, D = channels.
 """
@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tests.support.checkpoints import DINO, GIVEN, SAM, SMALL, save_checkpoint
+from tests.support.checkpoints import GIVEN, SAM, save_checkpoint
 from tests.support.refusals import refuses
 from tests.support.teachers import Keys, assert_same, images, load, pixels
 
@@ -122,30 +122,6 @@ def test_code_of_another_repository_is_refused(radio: Radio) -> None:
     # It could change without a change of the digest.
     write_config(radio.folder, auto_map={"AutoConfig": "radio_code.Configuration", "AutoModel": "org/name--code.Model"})
     refuses("...auto_map ...'org/name--code.Model', code of another repository; copy it...", load, **radio.keys)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "config", "before", "summary"),
-    [
-        ("dinov2", DINO, 1, "cls"),
-        ("dinov2_with_registers", {**DINO, "num_register_tokens": 4}, 5, "cls"),
-        ("dinov3_vit", {**SMALL, "num_register_tokens": 4}, 5, "cls"),
-        ("siglip_vision_model", SMALL, 0, "pooler"),
-        ("sam_vision_model", SAM, 0, None),
-    ],
-)
-def test_outputs_are_those_that_the_readme_names(
-    tmp_path: Path, architecture: str, config: Keys, before: int, summary: str | None
-) -> None:
-    model = save_checkpoint(tmp_path, architecture, config)
-    with torch.inference_mode():
-        expected = model(pixel_values=pixels(images(32), GIVEN["mean"], GIVEN["std"]))
-    hidden = expected.last_hidden_state
-    found = load(source="transformers", model=str(tmp_path), **GIVEN)(images(32))
-    assert set(found) == ({"patches", "summary"} if summary else {"patches"})
-    assert_same(found["patches"], hidden.flatten(2).mT if hidden.ndim == 4 else hidden[:, before:])
-    if summary:
-        assert_same(found["summary"], hidden[:, :1] if summary == "cls" else expected.pooler_output[:, None])
 
 
 def test_sam_before_its_neck_is_a_hidden_state(tmp_path: Path) -> None:
