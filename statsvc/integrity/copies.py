@@ -8,8 +8,9 @@ from statsvc.errors import StoreError
 from statsvc.integrity.findings import Findings
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.storage.forwarding import ForwardingBackend
-from statsvc.store.copies import check_document, sound_copy, stored_twice
+from statsvc.store.copies import check_document, may_be_replaced, sound_copy, stored_twice
 from statsvc.store.paths import copy_path, is_stored_twice, metadata_path, parse, teacher_group
+from statsvc.store.records import fault_named_by
 
 RESTORE = (
     "both copies are lost, and no run makes it again with the same bytes: restore the file from a backup, an export or "
@@ -58,7 +59,7 @@ def check_copies(storage: Backend, findings: Findings) -> Restored:
         if fault is None:
             if copy is None or _same(path, original, copy):
                 continue
-            if _may_be_replaced(path) and sound_copy(storage, path) is not None:
+            if may_be_replaced(path) and sound_copy(storage, path) is not None:
                 findings.unfinished.append(copy_path(path))
             else:
                 findings.damaged(copy_path(path), "not a copy of its original", removed=False, restored=True)
@@ -92,12 +93,6 @@ def lost(path: str) -> str:
     return RESTORE if found is not None and found.kind == "metadata" else f"{RESTORE}, {REFIT}"
 
 
-def _may_be_replaced(path: str) -> bool:
-    """Whether a run ever writes other bytes there: a refit does, for what names the current fits."""
-    found = parse(path)
-    return found is not None and found.kind in ("fit", "pilot")
-
-
 def _is_of_a_stranger(storage: Backend, path: str) -> bool:
     """Whether it is the fit commit of a teacher that the store does not have."""
     found = parse(path)
@@ -115,7 +110,7 @@ def _fault(storage: Backend, path: str) -> tuple[str | None, bytes | None]:
     try:
         check_document(path, data)
     except StoreError as error:
-        return str(error).removeprefix(f"{path}: ").partition("; `statsvc verify")[0], data
+        return fault_named_by(error, path), data
     return None, data
 
 

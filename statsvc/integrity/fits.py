@@ -17,7 +17,15 @@ from statsvc.numerics.transform import Transform
 from statsvc.store.copies import sound_copy
 from statsvc.store.paths import commit_folder, commit_path, fit_path, parse, pilot_path, report_path, transform_path
 from statsvc.store.reader import Store, Teacher
-from statsvc.store.records import FitsRecord, PilotRecord, ReportRecord, read_fits, read_record, read_report
+from statsvc.store.records import (
+    FitsRecord,
+    PilotRecord,
+    ReportRecord,
+    fault_named_by,
+    read_fits,
+    read_record,
+    read_report,
+)
 
 CLOSE = 0.01  # moments that were measured again on another processor differ by far less than this
 
@@ -116,7 +124,10 @@ class FitCheck:
         try:
             transform = self._transform(digest, report)
         except DamagedObject as error:
-            self._findings.damaged(transform_path(digest), f"{error}; {lost(transform_path(digest))}")
+            self._findings.damaged(
+                transform_path(digest),
+                f"{fault_named_by(error, transform_path(digest))}; {lost(transform_path(digest))}",
+            )
             return None
         if (transform.method, transform.output, transform.fingerprint) != (method, output, teacher.fingerprint):
             self._findings.damaged(fit_path(teacher.name), f"names {digest} as {method} of {output}, which it is not")
@@ -136,7 +147,7 @@ class FitCheck:
         try:
             report = read_report(self._store.backend, digest)
         except DamagedObject as error:
-            self._findings.damaged(path, f"{str(error).partition('; `statsvc')[0]}; {lost(path)}")
+            self._findings.damaged(path, f"{fault_named_by(error, path)}; {lost(path)}")
             return None
         where, pilot = self._pilots.get(teacher.name, ("", None))
         # A pilot with `near` was written by a refit; if that was interrupted, the next run finishes it.

@@ -13,7 +13,7 @@ from statsvc.store.commits import Commit
 from statsvc.store.layout import ArraySpec, group_metadata
 from statsvc.store.paths import groups, is_stored_twice, metadata_path
 from statsvc.store.reader import Store, Teacher
-from statsvc.store.records import parse_json
+from statsvc.store.records import fault_named_by, parse_json
 
 
 def root_fault(store: Store, index: list[Commit]) -> str | None:
@@ -66,7 +66,7 @@ def _document(storage: Backend, node: str) -> dict[str, Any] | str:
     except FileNotFoundError:
         return "missing"
     except DamagedObject as error:
-        return str(error).removeprefix(f"{path}: ").partition("; `statsvc")[0]
+        return fault_named_by(error, path)
     return found if isinstance(found, dict) else "not a JSON object"
 
 

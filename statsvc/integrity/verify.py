@@ -34,7 +34,7 @@ from statsvc.store.paths import (
     teacher_group,
 )
 from statsvc.store.reader import Store, open_store
-from statsvc.store.records import read_run
+from statsvc.store.records import fault_named_by, read_run
 
 
 def verify_store(location: str) -> tuple[int, list[Damage]]:
@@ -103,8 +103,9 @@ class _Walk:
         try:
             read_run(self._storage)
         except DamagedObject as error:
-            reason = str(error).partition("; `statsvc")[0]
-            self._findings.damaged(RUN, f"{reason}; the next run writes it, and retries what was quarantined")
+            self._findings.damaged(
+                RUN, f"{fault_named_by(error, RUN)}; the next run writes it, and retries what was quarantined"
+            )
 
     def _index_summary(self) -> None:
         """What was derived from the commits of the index also tells of a sound commit that is not the one we had."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from statsvc.errors import StoreError
+from statsvc.errors import DamagedObject, StoreError
 from statsvc.numerics.transform import Transform
 from statsvc.storage.backend import Backend
 from statsvc.store.layout import group_metadata
@@ -20,6 +20,8 @@ from statsvc.store.records import (
     ReportRecord,
     RootRecord,
     TeacherRecord,
+    damaged_document,
+    fault_named_by,
     parse_attributes,
     parse_json,
     parse_record,
@@ -63,14 +65,23 @@ def stored_twice(backend: Backend) -> Iterator[str]:
 
 
 def missing_copies(backend: Backend) -> list[str]:
-    """The documents, by path, that have no copy, or one of another size: of an older version of statsvc, or of a run
-    that was interrupted between the two.
+    """The documents, by path, that have no copy or an older one: of an older version of statsvc, or of a run that was
+    interrupted between the two.
     """
-    return [
-        path
-        for path in stored_twice(backend)
-        if (nbytes := backend.size(path)) is not None and backend.size(copy_path(path)) != nbytes
-    ]
+    return [path for path in stored_twice(backend) if backend.size(path) is not None and not _has_copy(backend, path)]
+
+
+def _has_copy(backend: Backend, path: str) -> bool:
+    """Whether the copy is of the same size, and of what a refit replaces, of the same bytes."""
+    if backend.size(copy_path(path)) != backend.size(path):
+        return False
+    return not may_be_replaced(path) or backend.read(copy_path(path)) == backend.read(path)
+
+
+def may_be_replaced(path: str) -> bool:
+    """Whether a run ever writes other bytes there: a refit does, for what names the current fits."""
+    found = parse(path)
+    return found is not None and found.kind in ("fit", "pilot")
 
 
 def write_missing_copies(backend: Backend) -> int:
@@ -98,12 +109,15 @@ def check_document(path: str, data: bytes) -> None:
     found = parse(path)
     assert found is not None  # callers ask for documents of the layout
     if found.digest is not None and found.kind == "transform":
-        if Transform.from_bytes(data, found.digest).to_bytes() != data:
-            raise StoreError(f"{path}: not as it was written")
+        try:
+            if Transform.from_bytes(data, found.digest).to_bytes() != data:
+                raise damaged_document(path, "not as it was written")
+        except DamagedObject as error:
+            raise damaged_document(path, fault_named_by(error, path)) from error
         return
     record = RECORDS.get(found.kind, TeacherRecord if found.teacher else RootRecord)
     parse_record(record, path, data)
     if found.kind == "metadata" and parse_json(path, data) != parse_json(
         path, group_metadata(parse_attributes(path, data))
     ):
-        raise StoreError(f"{path}: not the metadata of a Zarr group")
+        raise damaged_document(path, "not the metadata of a Zarr group")

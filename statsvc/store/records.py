@@ -236,6 +236,11 @@ def damaged_document(path: str, why: object) -> DamagedObject:
     return DamagedObject(f"{path}: {why}; `statsvc verify --repair` restores it from its second copy if there is one")
 
 
+def fault_named_by(error: StoreError, path: str) -> str:
+    """What an error says is wrong with a document, without its path and without what to do."""
+    return str(error).removeprefix(f"{path}: ").partition("; ")[0]
+
+
 def _first(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return f"not what is written there ({type(error).__name__})"

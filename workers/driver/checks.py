@@ -160,8 +160,8 @@ def _refusal(plan: Plan, lost: Lost, teacher: str | None = None) -> StoreError:
             f"{lost.path} is missing or damaged, and its second copy is sound: "
             f"`statsvc verify --store {plan.store} --repair` restores it"
         )
-    fresh = f"; or `statsvc refit PLAN --teacher {teacher} --fresh`, which fits and caches anew" if teacher else ""
+    fresh = f"; or `statsvc refit PLAN --teacher {teacher} --fresh`, which fits and caches again" if teacher else ""
     return DamagedObject(
-        f"{lost.path} is lost, and nothing makes it anew with the same numbers: restore it from a backup, an export or "
+        f"{lost.path} is lost, and nothing makes it again with the same numbers: restore it from a backup, an export or "
         f"a client cache{fresh}"
     )

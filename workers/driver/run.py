@@ -175,4 +175,4 @@ def _write_second_copies(backend: Backend, report: Callable[[str], None]) -> Non
         report(f"not every document has a second copy: {error}")
         return
     if count:
-        report(f"wrote second copies of {count} documents that cannot be made anew")
+        report(f"wrote second copies of {count} documents that cannot be made again")
