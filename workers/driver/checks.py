@@ -162,6 +162,6 @@ def _refusal(plan: Plan, lost: Lost, teacher: str | None = None) -> StoreError:
         )
     fresh = f"; or `statsvc refit PLAN --teacher {teacher} --fresh`, which fits and caches again" if teacher else ""
     return DamagedObject(
-        f"{lost.path} is lost, and nothing makes it again with the same numbers: restore it from a backup, an export or "
-        f"a client cache{fresh}"
+        f"{lost.path} is lost, and nothing makes it again with the same numbers: restore it from a backup, an export "
+        f"or a client cache{fresh}"
     )
