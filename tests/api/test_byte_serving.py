@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import quote, unquote
 
 import pytest
 
 from statsvc.plan import Plan
+from tests.support.damage import Change, damaged
 from tests.support.finished import Finished
 from tests.support.rfc9110 import expected, random_headers
 from tests.support.service import Running, serving
@@ -46,12 +46,6 @@ def objects(running: Running) -> Objects:
     """What may leave the store, and nothing that a link brings into it."""
     found = servable(running.store_path)
     return {path: entry for path, entry in found.items() if "linked" not in path and "000077" not in path}
-
-
-@pytest.fixture
-def client(running: Running) -> Iterator[Client]:
-    with connected(running) as client:
-        yield client
 
 
 # --- objects ---
@@ -198,19 +192,13 @@ def test_folders_of_commits_and_teachers_are_listed_and_no_others(client: Client
 # --- objects and their commits ---
 
 
-def cache_commit(finished: Finished, teacher: str, shard: int) -> Path:
-    (found,) = (finished.path / f".statsvc/commits/cache/{teacher}").glob(f"*/{shard:06d}.json")
-    return found
-
-
 def codes(finished: Finished, shard: int) -> str:
-    (set_,) = finished.store.teacher("dino").cache_sets()
-    return f"teachers/dino/cache/{set_}/patches/codes/c/{shard}/0/0"
+    return f"teachers/dino/cache/{finished.cache_set()}/patches/codes/c/{shard}/0/0"
 
 
-def test_a_chunk_exists_from_its_commit_on_and_no_longer(finished: Finished, service: Running) -> None:
-    commit, path = cache_commit(finished, "dino", 1), codes(finished, 1)
-    sealed, content = commit.read_bytes(), (finished.path / path).read_bytes()
+def test_a_chunk_exists_from_its_commit_on_and_no_longer(damageable: Finished, service: Running) -> None:
+    commit, path = damageable.cache_commit("dino", 1), codes(damageable, 1)
+    sealed, content = commit.read_bytes(), (damageable.path / path).read_bytes()
     targets = [f"/zarr/{path}", f"/objects/{path}", "/teachers/dino/shards/1"]
     with connected(service) as client:
         for _ in range(2):
@@ -222,45 +210,46 @@ def test_a_chunk_exists_from_its_commit_on_and_no_longer(finished: Finished, ser
 
 
 def test_a_status_that_two_teachers_vouch_for_exists_while_one_of_them_does(
-    finished: Finished, service: Running
+    damageable: Finished, service: Running
 ) -> None:
     with connected(service) as client:
         for teacher, status in (("dino", 200), ("siglip", 404)):
-            cache_commit(finished, teacher, 2).unlink()
+            damageable.cache_commit(teacher, 2).unlink()
             assert client("/zarr/samples/status/c/2").status == status
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "longer", "removed"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: data[:-1], lambda _: b"", lambda data: data + b"\0", lambda _: None],
+    ids=["cut", "empty", "longer", "removed"],
+)
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_a_committed_object_that_is_not_what_was_committed_is_refused_with_the_way_out(
-    finished: Finished, service: Running, damage: str, asked_before: bool
+    damageable: Finished, service: Running, change: Change, asked_before: bool
 ) -> None:
-    path = codes(finished, 0)
-    file = finished.path / path
+    path = codes(damageable, 0)
+    file = damageable.path / path
     content = file.read_bytes()
     targets = [f"/zarr/{path}", f"/objects/{path}", "/teachers/dino/shards/0"]
     with connected(service) as client:
         if asked_before:
             assert [client(target).body for target in targets] == [content] * 3
-        file.unlink()
-        if damage != "removed":
-            file.write_bytes({"cut": content[:-1], "empty": b"", "longer": content + b"\0"}[damage])
-        for target in targets:
-            for headers in ([], [("Range", "bytes=0-9")], [("If-None-Match", "*")]):
-                answer = client(target, headers)
-                assert answer.status == 409
-                assert path in answer.detail
-                assert "`statsvc verify --repair`" in answer.detail
-        file.write_bytes(content)
+        with damaged(file, change):
+            for target in targets:
+                for headers in ([], [("Range", "bytes=0-9")], [("If-None-Match", "*")]):
+                    answer = client(target, headers)
+                    assert answer.status == 409
+                    assert path in answer.detail
+                    assert "`statsvc verify --repair`" in answer.detail
         assert [client(target).body for target in targets] == [content] * 3
 
 
 def test_an_object_that_was_made_anew_has_another_etag_and_is_not_mixed_with_the_old(
-    finished: Finished, service: Running
+    damageable: Finished, service: Running
 ) -> None:
     with connected(service) as client:
         old = client("/zarr/zarr.json")
-        file = finished.path / "zarr.json"
+        file = damageable.path / "zarr.json"
         file.rename(file.with_name("old.json"))
         file.write_bytes(old.body.replace(b"\n", b"\n "))
         resumed = [("Range", "bytes=5-"), ("If-Range", old.headers["etag"])]
@@ -269,9 +258,9 @@ def test_an_object_that_was_made_anew_has_another_etag_and_is_not_mixed_with_the
         assert new.headers["etag"] != old.headers["etag"]
 
 
-def test_a_plan_is_never_served(finished: Finished, service: Running) -> None:
-    assert isinstance(finished.plan, Plan)
-    assert (finished.path / ".statsvc/run.json").is_file()
+def test_a_plan_is_never_served(damageable: Finished, service: Running) -> None:
+    assert isinstance(damageable.plan, Plan)
+    assert (damageable.path / ".statsvc/run.json").is_file()
     with connected(service) as client:
         for path in (".statsvc/run.json", ".statsvc%2frun.json", "%2estatsvc/run.json", ".statsvc/./run.json"):
             for route in ("/zarr", "/objects"):

@@ -47,12 +47,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield service
 
 
-@pytest.fixture
-def client(running: Running) -> Iterator[Client]:
-    with connected(running) as opened:
-        yield opened
-
-
 def test_page_names_only_files_of_this_service(client: Client) -> None:
     answer = client("/docs")
     assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")

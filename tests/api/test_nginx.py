@@ -32,8 +32,8 @@ README = ROOT / "README.md"
 
 
 @pytest.fixture
-def behind(finished: Finished) -> Iterator[Running]:
-    with serving(finished.path, accel_prefix="/store-files") as running:
+def behind(damageable: Finished) -> Iterator[Running]:
+    with serving(damageable.path, accel_prefix="/store-files") as running:
         yield running
 
 

@@ -246,17 +246,17 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_no_answer_names_the_folder_of_the_store_or_is_a_defect(
-    finished: Finished, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    damageable: Finished, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    every_target = targets(finished.path)
-    with serving(finished.path) as running, connected(running) as client:
+    every_target = targets(damageable.path)
+    with serving(damageable.path) as running, connected(running) as client:
         for damaged in (False, True):
             if damaged:
-                damage(finished.path)
+                damage(damageable.path)
             for target in every_target:
                 answer = client(target)
                 said = repr((answer.headers, answer.body))
-                assert str(finished.folder) not in said, target
+                assert str(damageable.folder) not in said, target
                 assert answer.status in STATUSES, (target, answer)
                 if answer.status >= 400:
                     assert len(answer.detail) > 10
@@ -266,18 +266,18 @@ def test_no_answer_names_the_folder_of_the_store_or_is_a_defect(
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
 def test_a_disk_that_fails_is_not_described_to_clients(
-    finished: Finished, service: Running, monkeypatch: pytest.MonkeyPatch, number: int
+    damageable: Finished, service: Running, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fail(self: LocalBackend, path: str) -> BinaryIO:
         raise OSError(number, os.strerror(number), str(self.root / path))
 
-    every_target, statuses = targets(finished.path), set()
+    every_target, statuses = targets(damageable.path), set()
     monkeypatch.setattr(LocalBackend, "_open", fail)
     with connected(service) as client:
         for target in every_target:
             answer = client(target)
             statuses.add(answer.status)
-            assert str(finished.folder).encode() not in answer.body, target
+            assert str(damageable.folder).encode() not in answer.body, target
             assert answer.status in STATUSES, (target, answer)
         assert client("/healthz").status == client("/metrics").status == 200
     assert 503 in statuses
@@ -294,10 +294,10 @@ def test_every_documented_route_is_among_those(service_once: Running) -> None:
 
 
 def test_a_store_that_grows_and_is_repaired_under_requests_gives_no_defect(
-    finished: Finished, service: Running, caplog: pytest.LogCaptureFixture
+    damageable: Finished, service: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    commits = list((finished.path / ".statsvc/commits").rglob("0*.json"))
-    every_target, stop = targets(finished.path), threading.Event()
+    commits = list((damageable.path / ".statsvc/commits").rglob("0*.json"))
+    every_target, stop = targets(damageable.path), threading.Event()
 
     def grow() -> None:
         while not stop.is_set():
@@ -315,7 +315,7 @@ def test_a_store_that_grows_and_is_repaired_under_requests_gives_no_defect(
             for target in every_target * 5:
                 answer = client(target)
                 assert answer.status in STATUSES, (target, answer)
-                assert str(finished.folder).encode() not in answer.body
+                assert str(damageable.folder).encode() not in answer.body
     finally:
         stop.set()
         thread.join()

@@ -18,6 +18,7 @@ from safetensors.numpy import load
 from api.server import read_settings
 from statsvc.errors import PlanError
 from statsvc.store.reader import Store, Teacher, open_store
+from tests.support.damage import edit_attributes
 from tests.support.finished import ABSENT, ROWS_PER_SHARD, Finished
 from tests.support.service import Running, always_counting, serving
 from tests.support.tiny import photographs, write_tar
@@ -319,7 +320,7 @@ class TestKeys:
 
 
 class TestGrowth:
-    def test_a_service_that_started_before_its_store_finds_it(self, finished: Finished, tmp_path: Path) -> None:
+    def test_a_service_that_started_before_its_store_finds_it(self, damageable: Finished, tmp_path: Path) -> None:
         with serving(tmp_path / "later") as running, httpx.Client(base_url=running.url) as client:
             assert client.get("/healthz").status_code == 200
             for path in ("/readyz", "/teachers", "/teachers/dino/phis"):
@@ -328,22 +329,24 @@ class TestGrowth:
             assert got(client, "/progress")["state"] == "waiting"
             assert client.get("/metrics").status_code == 200
             assert client.get("/").status_code == 200
-            shutil.copytree(finished.path, tmp_path / "later")
+            shutil.copytree(damageable.path, tmp_path / "later")
             assert got(client, "/readyz") == {"status": "ready"}
             assert len(got(client, "/teachers")["teachers"]) == 2
 
-    def test_before_the_fit_phis_is_404_with_the_progress_and_when_to_ask_again(self, finished: Finished) -> None:
-        (finished.path / ".statsvc/commits/fit/dino.json").unlink()
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_before_the_fit_phis_is_404_with_the_progress_and_when_to_ask_again(self, damageable: Finished) -> None:
+        (damageable.path / ".statsvc/commits/fit/dino.json").unlink()
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             found = problem(client, "/teachers/dino/phis", 404)
             assert found["progress"]["teachers"]["dino"]["measured"]["rows"] > 0
             assert found["progress"]["teachers"]["dino"]["fitted"] is False
             assert int(client.get("/teachers/dino/phis").headers["retry-after"]) > 0
             assert client.get("/teachers/siglip/phis").status_code == 200
 
-    def test_a_teacher_that_is_planned_and_not_measured_yet_is_404_with_the_progress(self, finished: Finished) -> None:
-        shutil.rmtree(finished.path / "teachers" / "dino")
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_a_teacher_that_is_planned_and_not_measured_yet_is_404_with_the_progress(
+        self, damageable: Finished
+    ) -> None:
+        shutil.rmtree(damageable.path / "teachers" / "dino")
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             assert "progress" in problem(client, "/teachers/dino/phis", 404)
             assert "progress" not in problem(client, "/teachers/sam/phis", 404)
 
@@ -397,15 +400,15 @@ class TestGrowth:
 class TestDamage:
     """One damaged record costs what depends on it, and nothing else."""
 
-    def test_a_damaged_commit_is_told_of_and_the_other_dataset_shards_are_served(self, finished: Finished) -> None:
-        cache_set = next((finished.path / ".statsvc/commits/cache/dino").iterdir()).name
-        (finished.path / f".statsvc/commits/cache/dino/{cache_set}/000001.json").write_bytes(b"{}")
-        (finished.path / ".statsvc/commits/index/000002.json").write_bytes(b"{}")
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_a_damaged_commit_is_told_of_and_the_other_dataset_shards_are_served(self, damageable: Finished) -> None:
+        cache_set = next((damageable.path / ".statsvc/commits/cache/dino").iterdir()).name
+        (damageable.path / f".statsvc/commits/cache/dino/{cache_set}/000001.json").write_bytes(b"{}")
+        (damageable.path / ".statsvc/commits/index/000002.json").write_bytes(b"{}")
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             # What was never sound was not counted; what was sound a moment ago is met by the routes.
             assert [entry["shard"] for entry in got(client, "/teachers/dino/shards")["shards"]] == [0, 2]
             assert got(client, "/teachers/dino")["cache_sets"][0]["damaged_commits"] == 1
-            (finished.path / f".statsvc/commits/cache/dino/{cache_set}/000002.json").write_bytes(b"{}")
+            (damageable.path / f".statsvc/commits/cache/dino/{cache_set}/000002.json").write_bytes(b"{}")
             found = got(client, "/teachers/dino/shards")
             assert ([entry["shard"] for entry in found["shards"]], found["damaged"]) == ([0], [2])
             assert got(client, "/teachers/dino/report")["damaged"] == [2]
@@ -413,11 +416,11 @@ class TestDamage:
             problem(client, "/teachers/dino/targets?rows=7", 409)
             assert client.get("/teachers/dino/targets?rows=0").status_code == 200
 
-    def test_a_transform_without_its_report_is_damage_and_not_kept_by_caches(self, finished: Finished) -> None:
-        for report in (finished.path / ".statsvc/reports").iterdir():
+    def test_a_transform_without_its_report_is_damage_and_not_kept_by_caches(self, damageable: Finished) -> None:
+        for report in (damageable.path / ".statsvc/reports").iterdir():
             report.unlink()
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
-            digest = finished.store.teacher("dino").transform("phi-s").digest
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
+            digest = damageable.store.teacher("dino").transform("phi-s").digest
             problem(client, f"/transforms/{digest}", 409)
             assert client.get(f"/transforms/{digest}").headers["cache-control"] == "no-store"
             assert client.get(f"/transforms/{digest}?format=npz").status_code == 200
@@ -428,35 +431,29 @@ class TestDamage:
          ("outputs", {"patches": {"tokens": 16, "dim": 32, "grid": [None]}}),
          ("outputs", {"patches": {"tokens": 10**30, "dim": 32}})],
     )  # fmt: skip
-    def test_odd_metadata_of_a_teacher_is_damage(self, finished: Finished, key: str, value: Any) -> None:
-        path = finished.path / "teachers/dino/zarr.json"
-        document = json.loads(path.read_text())
-        document["attributes"][key] = value
-        path.write_text(json.dumps(document))
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_odd_metadata_of_a_teacher_is_damage(self, damageable: Finished, key: str, value: Any) -> None:
+        edit_attributes(damageable.path / "teachers/dino/zarr.json", **{key: value})
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             for route in ("/teachers/dino", "/teachers/dino/phis", "/teachers/dino/targets?rows=0"):
                 problem(client, route, 409)
             assert client.get("/teachers/siglip/phis").status_code == 200
 
     @pytest.mark.parametrize("views", [None, [], {}, {"per_image": None}, {"per_image": 0}])
-    def test_odd_views_of_a_store_are_damage(self, finished: Finished, views: Any) -> None:
-        path = finished.path / "zarr.json"
-        document = json.loads(path.read_text())
-        document["attributes"]["views"] = views
-        path.write_text(json.dumps(document))
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_odd_views_of_a_store_are_damage(self, damageable: Finished, views: Any) -> None:
+        edit_attributes(damageable.path / "zarr.json", views=views)
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             problem(client, "/samples/a0", 409)
 
-    def test_records_of_the_run_that_nobody_wrote_are_left_aside(self, finished: Finished) -> None:
+    def test_records_of_the_run_that_nobody_wrote_are_left_aside(self, damageable: Finished) -> None:
         for nonsense in ("[" * 100_000, '{"heartbeat": 1e400}', '{"plan": {"teachers": [1]}, "locations": {}}'):
-            (finished.path / ".statsvc/run.json").write_text(nonsense)
-            (finished.path / ".statsvc/lease.json").write_text(nonsense)
-            with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+            (damageable.path / ".statsvc/run.json").write_text(nonsense)
+            (damageable.path / ".statsvc/lease.json").write_text(nonsense)
+            with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
                 assert got(client, "/progress")["samples"] == 19
 
-    def test_a_folder_without_a_commit_is_no_cache_set(self, finished: Finished) -> None:
-        (finished.path / "teachers/dino/cache/phi-s-000000000000-int8").mkdir()
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_a_folder_without_a_commit_is_no_cache_set(self, damageable: Finished) -> None:
+        (damageable.path / "teachers/dino/cache/phi-s-000000000000-int8").mkdir()
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             assert got(client, "/teachers/dino/shards")["shards"]
             assert client.get("/teachers/dino/targets?rows=0").status_code == 200
 
@@ -493,10 +490,10 @@ class TestProgress:
             (cached,) = found["teachers"][name]["cached"].values()
             assert cached["rows"] == cached["status"]["ok"] == len(store.teacher(name).targets().rows()) == 17
 
-    def test_a_run_with_a_heartbeat_is_running_and_one_without_is_stopped(self, finished: Finished) -> None:
-        lease = finished.path / ".statsvc/lease.json"
-        (finished.path / ".statsvc/commits/cache/dino").rename(finished.path / "gone")
-        with serving(finished.path) as running, httpx.Client(base_url=running.url) as client:
+    def test_a_run_with_a_heartbeat_is_running_and_one_without_is_stopped(self, damageable: Finished) -> None:
+        lease = damageable.path / ".statsvc/lease.json"
+        (damageable.path / ".statsvc/commits/cache/dino").rename(damageable.path / "gone")
+        with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             assert got(client, "/progress")["state"] == "stopped"
             lease.write_text(json.dumps({"heartbeat": time.time()}))
             assert got(client, "/progress")["state"] == "running"

@@ -130,9 +130,9 @@ def test_the_first_event_comes_at_once_and_is_the_progress(service: Running) -> 
 
 
 @pytest.mark.usefixtures("impatient")
-def test_events_tell_of_a_store_that_appears_and_of_every_commit_and_end_with_the_service(finished: Finished) -> None:
-    elsewhere = finished.path.with_name("elsewhere")
-    commit = next(finished.path.glob(".statsvc/commits/cache/dino/*/000002.json"))
+def test_events_tell_of_a_store_that_appears_and_of_every_commit_and_end_with_the_service(damageable: Finished) -> None:
+    elsewhere = damageable.path.with_name("elsewhere")
+    commit = next(damageable.path.glob(".statsvc/commits/cache/dino/*/000002.json"))
     content = commit.read_bytes()
     commit.unlink()
     with serving(elsewhere) as running, events(running) as following:
@@ -146,9 +146,9 @@ def test_events_tell_of_a_store_that_appears_and_of_every_commit_and_end_with_th
                 told.append((now["state"], sum(of_set["dataset_shards"] for of_set in cached.values())))
 
         until("waiting", 0)
-        finished.path.rename(elsewhere)
+        damageable.path.rename(elsewhere)
         until("stopped", 2)
-        (elsewhere / commit.relative_to(finished.path)).write_bytes(content)
+        (elsewhere / commit.relative_to(damageable.path)).write_bytes(content)
         until("finished", 3)
         running.server.should_exit = True
         while following() is not None:

@@ -52,6 +52,13 @@ def read(location: Location, keep: bool = True) -> tuple[list[Sample], ShardSumm
     return list(reader), reader.summary
 
 
+def refusal(location: Location) -> str:
+    """What is said of a dataset shard that cannot be read."""
+    with pytest.raises(UnreadableShard) as refused:
+        read(location)
+    return str(refused.value)
+
+
 def by_webdataset(tar: bytes) -> list[dict[str, Any]]:
     files = tar_file_expander([{"url": "", "stream": io.BytesIO(tar)}])
     return list(group_by_keys(files))

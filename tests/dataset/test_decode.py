@@ -5,10 +5,8 @@ Axes: H = rows, W = columns, 3 = red, green, blue, C = channels.
 
 import io
 import random
-import struct
 import subprocess
 import sys
-import zlib
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from PIL import Image, ImageFile
 from statsvc.dataset.decode import INTERPOLATIONS, Decoded, Resize, Undecodable, decode, decode_views
 from statsvc.errors import PlanError, StatsvcError
 from statsvc.numerics.views import center
+from tests.support.tiny import encode, png
 
 
 def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -30,24 +29,6 @@ def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
 def smooth(height: int, width: int) -> Image.Image:
     """Close to a photograph, so that JPEG keeps it recognizable."""
     return Image.fromarray(noise(5, 7, 3)).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png(width: int, height: int, bits: int, color: int, rows: list[bytes]) -> bytes:
-    """Made by hand, for what Pillow does not write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    packer = zlib.compressobj(1)
-    packed = b"".join([packer.compress(b"\0" + row) for row in rows]) + packer.flush()
-    head = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
 def pixels(image: bytes) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from statsvc.errors import PlanError, UnreadableShard
 from statsvc.plan import Data
 from statsvc.progress import Display
 from statsvc.storage import open_backend
-from tests.contracts.shard import TarContract, read, tar_of
+from tests.contracts.shard import TarContract, read, refusal, tar_of
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.finished import SHARDS, Finished, plan_for
 from tests.support.s3_server import KEY, SECRET
@@ -78,12 +78,6 @@ class TestTarInABucket(TarContract):
 
 def named(*patterns: str) -> list[DatasetShard]:
     return expand(Data(shards=patterns))
-
-
-def refusal(location: str) -> str:
-    with pytest.raises(UnreadableShard) as refused:
-        read(location)
-    return str(refused.value)
 
 
 # --- which ---

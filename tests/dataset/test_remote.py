@@ -15,7 +15,7 @@ from statsvc.dataset.remote import RemoteFile
 from statsvc.dataset.source import Location
 from statsvc.errors import UnreadableShard
 from statsvc.storage.http import connections
-from tests.contracts.shard import TarContract, read, tar_of
+from tests.contracts.shard import TarContract, read, refusal, tar_of
 from tests.support.certificates import make_secure, self_signed
 from tests.support.http_stub import Handler, Misbehaviour, Stub, stub
 from tests.support.ports import free_port
@@ -51,12 +51,6 @@ class TestRemoteTar(TarContract):
 
 def url(server: Stub, path: str = "/a.tar") -> str:
     return server.url + path
-
-
-def refusal(location: str) -> str:
-    with pytest.raises(UnreadableShard) as refused:
-        read(location)
-    return str(refused.value)
 
 
 def test_it_is_read_with_one_request_and_never_as_a_whole(server: Stub) -> None:

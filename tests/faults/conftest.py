@@ -15,10 +15,8 @@ import pytest
 
 from tests.faults.records import Line, terminal, write
 from tests.faults.site import Site
-from tests.support.finished import decoders, dinov2, finished, finished_once
+from tests.support.finished import *  # noqa: F403
 from tests.support.tiny import photographs, write_tar
-
-__all__ = ["decoders", "dinov2", "finished", "finished_once"]
 
 LINES = pytest.StashKey[dict[str, Line]]()
 Faults = Callable[[str], Line]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.conftest import UNUSABLE, Faults
 from tests.faults.site import Site
-from tests.faults.survival import contents
+from tests.support.contents import contents
 
 
 def other_bytes(tar: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +10,9 @@ from PIL import Image
 from tests.faults.conftest import Faults
 from tests.faults.fault_tars import COMPARED, MEMORY_BYTES
 from tests.faults.site import Site
-from tests.faults.survival import contents, rows_beside, same_or_grown
-from tests.support.tiny import photograph, photographs, write_tar
+from tests.faults.survival import rows_beside, same_or_grown
+from tests.support.contents import contents
+from tests.support.tiny import encode, photograph, photographs, png, write_tar
 
 PHOTOGRAPHS = [content for _, content in photographs(*(f"a{number}" for number in range(9)))]  # those of a.tar
 
@@ -29,22 +27,9 @@ class Odd(NamedTuple):
     said: str = ""
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png(width: int, height: int, rows: int) -> bytes:
+def black(width: int, height: int, rows: int) -> bytes:
     """A PNG of one bit per pixel that claims a size and has so many rows, all black."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    packer, row = zlib.compressobj(1), bytes(1 + -(-width // 8))
-    packed = b"".join(packer.compress(row) for _ in range(rows)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return png(width, height, 1, 0, [bytes(-(-width // 8))] * rows)
 
 
 def odd_images() -> list[Odd]:
@@ -53,27 +38,27 @@ def odd_images() -> list[Odd]:
     gray_HW = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     small = photograph(77)
     whole = [
-        ("red.png", saved(red, "PNG")),
-        ("gray.png", saved(Image.fromarray((gray_HW >> 8).astype(np.uint8)), "PNG")),
+        ("red.png", encode(red, "PNG")),
+        ("gray.png", encode(Image.fromarray((gray_HW >> 8).astype(np.uint8)), "PNG")),
         ("photo.jpg", PHOTOGRAPHS[0]),
     ]
     return [
         *(Odd(name, content, "") for name, content in whole),
-        Odd("bomb.png", png(100_000, 100_000, 10), "bombs", said="too large: DecompressionBombError"),
-        Odd("vast.png", png(30_000, 30_000, 30_000), "30000x30000 pixels", said="too large: DecompressionBombError"),
-        Odd("png-as.jpg", saved(red, "PNG"), "wrong extensions", like="red"),
+        Odd("bomb.png", black(100_000, 100_000, 10), "bombs", said="too large: DecompressionBombError"),
+        Odd("vast.png", black(30_000, 30_000, 30_000), "30000x30000 pixels", said="too large: DecompressionBombError"),
+        Odd("png-as.jpg", encode(red, "PNG"), "wrong extensions", like="red"),
         Odd("jpg-as.webp", PHOTOGRAPHS[0], "wrong extensions", like="photo"),
         Odd("text-as.jpg", b"not an image, but a sentence", "wrong extensions", said="no readable image"),
         Odd("html-as.png", b"<!doctype html><title>404</title>", "wrong extensions", said="no readable image"),
-        Odd("gif-as.png", saved(red, "GIF", **frames), "animations", like="red"),
-        Odd("webp.webp", saved(red, "WEBP", lossless=True, **frames), "animations", like="red"),
-        Odd("apng.png", saved(red, "PNG", **frames), "animations", like="red"),
-        Odd("dot.png", saved(red.crop((0, 0, 1, 1)), "PNG"), "1x1 pixels", like="red"),
-        Odd("line.png", saved(red.resize((1, 3000)), "PNG"), "1x1 pixels", like="red"),
+        Odd("gif-as.png", encode(red, "GIF", **frames), "animations", like="red"),
+        Odd("webp.webp", encode(red, "WEBP", lossless=True, **frames), "animations", like="red"),
+        Odd("apng.png", encode(red, "PNG", **frames), "animations", like="red"),
+        Odd("dot.png", encode(red.crop((0, 0, 1, 1)), "PNG"), "1x1 pixels", like="red"),
+        Odd("line.png", encode(red.resize((1, 3000)), "PNG"), "1x1 pixels", like="red"),
         Odd("zero.jpg", b"", "cut or empty images", said="is empty"),
         Odd("cut.jpg", small[: len(small) // 2], "cut or empty images", said="cannot be decoded"),
-        Odd("sixteen.png", saved(Image.fromarray(gray_HW), "PNG"), "CMYK and 16 bits", like="gray"),
-        Odd("cmyk.jpg", saved(Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "JPEG", quality=100), "CMYK and 16 bits"),
+        Odd("sixteen.png", encode(Image.fromarray(gray_HW), "PNG"), "CMYK and 16 bits", like="gray"),
+        Odd("cmyk.jpg", encode(Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "JPEG", quality=100), "CMYK and 16 bits"),
     ]
 
 

@@ -17,7 +17,8 @@ from tests import ROOT
 from tests.compose.containers import is_usable
 from tests.faults.conftest import Faults
 from tests.faults.records import Line
-from tests.faults.site import Driver, Site, is_spawned
+from tests.faults.site import Driver, Site
+from tests.support.commands import is_spawned
 from tests.support.tiny import photographs, write_tar
 
 SHARDS, IMAGES = 80, 2

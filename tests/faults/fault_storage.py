@@ -12,7 +12,7 @@ import pytest
 import statsvc
 from tests.faults.conftest import UNUSABLE, Faults, new_site
 from tests.faults.site import Site
-from tests.faults.survival import contents
+from tests.support.contents import contents
 
 DISK_BYTES = 24 << 20
 

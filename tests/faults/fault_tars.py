@@ -15,7 +15,8 @@ from tests.faults.conftest import Faults
 from tests.faults.hostile_tars import BLOCK, Hostile, hostile, plain
 from tests.faults.records import Line
 from tests.faults.site import Site
-from tests.faults.survival import contents, rows_beside, same_or_grown
+from tests.faults.survival import rows_beside, same_or_grown
+from tests.support.contents import contents
 from tests.support.tiny import photographs
 
 PHOTOGRAPHS = [content for _, content in photographs(*(f"a{number}" for number in range(9)))]  # those of a.tar

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.benchmarks.report import replace_block
 from tests.faults.site import Site
-from tests.faults.survival import contents, count_rows, differing
+from tests.faults.survival import count_rows, differing
+from tests.support.contents import contents
 
 HEADER = ("fault", "injected", "survived", "rows lost", "rows duplicated", "compared")
 

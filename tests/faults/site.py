@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from tests.support.commands import is_spawned
 from tests.support.plans import write_plan
 
 INSIDE = Path(__file__).with_name("inside")
@@ -188,13 +189,6 @@ class Driver:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def is_spawned(process: psutil.Process) -> bool:
-    try:
-        return "spawn_main" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 def peak_bytes(pid: int) -> int:

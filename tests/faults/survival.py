@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-LEFT_OUT = {"run.json", "lease.json"}  # where things lie, who works there: they differ between runs
+from tests.support.contents import contents
+
 OK = 1
 
 
@@ -25,15 +26,6 @@ class Rows(NamedTuple):
 
     lost: int
     duplicated: int
-
-
-def contents(store: Path) -> dict[str, str]:
-    """sha256 of every object, by path."""
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in store.rglob("*")
-        if path.is_file() and path.name not in LEFT_OUT
-    }
 
 
 def keys(tar: Path) -> list[str]:
@@ -100,7 +92,7 @@ def _array(store: Path, path: Path) -> np.ndarray:
     return np.asarray(array[:])
 
 
-def differing(store: Path, expected: dict[str, str]) -> list[str]:
+def differing(store: Path, expected: dict[str, bytes]) -> list[str]:
     """Objects that are not the same in both, by path."""
     found = contents(store)
     return sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
@@ -133,7 +125,7 @@ def rows_beside(store: Path, name: str, samples: list[tuple[str, int | None]], l
     return Rows(lost, sum(any(found) for found in hashes_C[len(samples) :]))
 
 
-def same_or_grown(store: Path, before: dict[str, str]) -> bool:
+def same_or_grown(store: Path, before: dict[str, bytes]) -> bool:
     """Whether every object is as it was, but for the shapes of arrays, which grow with appended dataset shards."""
     after = contents(store)
     changed = [path for path, digest in before.items() if after.get(path) != digest and path != ".statsvc/index.json"]

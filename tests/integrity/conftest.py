@@ -2,6 +2,4 @@
 
 from __future__ import annotations
 
-from tests.support.finished import decoders, dinov2, features, finished, finished_once, service, service_once
-
-__all__ = ["decoders", "dinov2", "features", "finished", "finished_once", "service", "service_once"]
+from tests.support.finished import *  # noqa: F403

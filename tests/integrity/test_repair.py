@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from statsvc.errors import LeaseError, NotAStore
-from statsvc.integrity.findings import Damage
 from statsvc.integrity.repair import repair, verify_and_repair
 from statsvc.integrity.verify import examine
 from statsvc.progress import Display
@@ -22,8 +21,10 @@ from statsvc.storage.lease import Lease
 from statsvc.storage.local import LocalBackend
 from statsvc.store.paths import COPIES, copy_path, fit_path, is_stored_twice, original_path
 from statsvc.store.sealed import seal
+from tests.support.damage import flip, write
 from tests.support.finished import SHARDS, Finished, in_process, plan_for
 from tests.support.tiny import photograph, photographs, write_tar
+from tests.support.verifying import found
 from workers.driver.refit import refit
 from workers.driver.request import Request
 from workers.unit.decoders import Decoders
@@ -38,11 +39,7 @@ DERIVED = ".statsvc/index.json"
 def flipped(place: Callable[[int], int]) -> Callable[[bytes, random.Random], bytes]:
     """One bit at a place of the object, by its size."""
 
-    def change(data: bytes, chance: random.Random) -> bytes:
-        at = place(len(data)) % len(data)
-        return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-
-    return change
+    return lambda data, chance: flip(data, place(len(data)), chance.randrange(8))
 
 
 def zeroed(data: bytes, chance: random.Random) -> bytes:
@@ -79,17 +76,6 @@ def stranger(dinov2: Path, decoders: Decoders, tmp_path_factory: pytest.TempPath
         in_process(patch, decoders)
         assert made.run() == 0
     return made.contents()
-
-
-def write(path: Path, data: bytes | None) -> None:
-    path.unlink(missing_ok=True)
-    if data is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def found(made: Finished) -> dict[str, Damage]:
-    return {damage.path: damage for damage in examine(str(made.path)).damage}
 
 
 def mended(made: Finished) -> None:
@@ -168,23 +154,23 @@ def test_every_object_in_one_round_or_another_is_damaged_named_and_restored(
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "fetched"])
 def test_each_kind_of_damage_to_each_kind_of_object_is_named_by_itself(
-    finished: Finished, stranger: dict[str, bytes], mapped: bool, monkeypatch: pytest.MonkeyPatch
+    damageable: Finished, stranger: dict[str, bytes], mapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With maps, and over a storage that can only fetch ranges."""
     if not mapped:
         monkeypatch.setattr(LocalBackend, "view", lambda *_: None)
-    before, seen = finished.contents(), set[tuple[str, str]]()
+    before, seen = damageable.contents(), set[tuple[str, str]]()
     for path, kind, data in all_changes(before, stranger, 3):
         what = (path.rpartition("/c/")[0] or path.rpartition("/")[0]).replace("siglip", "dino"), kind
         if what in seen or len(seen) > 40 or (not mapped and "/codes/" not in path):
             continue
         seen.add(what)
-        write(finished.path / path, data)
-        named = {named for line in found(finished).values() for named in (line.path, line.commit)}
-        write(finished.path / path, before[path])
+        write(damageable.path / path, data)
+        named = {named for line in found(damageable).values() for named in (line.path, line.commit)}
+        write(damageable.path / path, before[path])
         assert path in named or is_unfinished(path, kind), (path, kind)
     assert len(seen) > (40 if mapped else 20)
-    assert found(finished) == {}
+    assert found(damageable) == {}
 
 
 SEVERAL = {
@@ -226,31 +212,31 @@ LOST = {
 @pytest.mark.parametrize("how", ["removed", "bit in the middle"])
 @pytest.mark.parametrize("what", LOST)
 def test_a_document_that_is_lost_twice_is_named_and_nothing_is_removed_for_it(
-    finished: Finished, what: str, how: str
+    damageable: Finished, what: str, how: str
 ) -> None:
-    before, chance = finished.contents(), random.Random(0)
+    before, chance = damageable.contents(), random.Random(0)
     for path in [path for path in before if re.fullmatch(LOST[what], path)]:
-        write(finished.path / path, KINDS[how](before[path], chance))
-        write(finished.path / copy_path(path), KINDS[how](before[path], chance))
-    damaged, left = found(finished), finished.contents()
+        write(damageable.path / path, KINDS[how](before[path], chance))
+        write(damageable.path / copy_path(path), KINDS[how](before[path], chance))
+    damaged, left = found(damageable), damageable.contents()
     assert damaged
     assert not any(line.removed or line.restored for line in damaged.values())
     assert any("restore the file from a backup" in line.reason for line in damaged.values())
-    assert repair(str(finished.path), damaged.values()) == ([], [], {"index": 0, "measure": 0, "cache": 0})
-    assert finished.contents() == left
+    assert repair(str(damageable.path), damaged.values()) == ([], [], {"index": 0, "measure": 0, "cache": 0})
+    assert damageable.contents() == left
     for path, data in before.items():
-        write(finished.path / path, data)
-    assert found(finished) == {}
+        write(damageable.path / path, data)
+    assert found(damageable) == {}
 
 
-def test_a_copy_that_is_older_than_its_original_is_unfinished_work(finished: Finished) -> None:
+def test_a_copy_that_is_older_than_its_original_is_unfinished_work(damageable: Finished) -> None:
     path = fit_path("dino")
-    copy = finished.path / copy_path(path)
+    copy = damageable.path / copy_path(path)
     older = seal(
-        {output: dict(list(fits.items())[:1]) for output, fits in finished.store.teacher("dino").fits().items()}
+        {output: dict(list(fits.items())[:1]) for output, fits in damageable.store.teacher("dino").fits().items()}
     )
     copy.write_bytes(older)
-    assert examine(str(finished.path))[1:] == ([], [copy_path(path)])
+    assert examine(str(damageable.path))[1:] == ([], [copy_path(path)])
 
 
 def test_a_record_of_the_run_that_is_damaged_is_named_and_written_anew(finished: Finished) -> None:
@@ -333,7 +319,7 @@ def test_a_superseded_transform_that_something_needs_is_restored(finished: Finis
 
 
 def test_nobody_drives_the_store_while_it_is_looked_at_and_repaired(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
+    damageable: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[str]()
     remove = LocalBackend.remove
@@ -341,24 +327,24 @@ def test_nobody_drives_the_store_while_it_is_looked_at_and_repaired(
     def refused_now(storage: LocalBackend, path: str) -> None:
         if path != LEASE:
             with pytest.raises(LeaseError, match="another driver holds this store"):
-                Lease(finished.store.backend).__enter__()
+                Lease(damageable.store.backend).__enter__()
             seen.append(path)
         remove(storage, path)
 
     monkeypatch.setattr(LocalBackend, "remove", refused_now)
-    write(finished.path / "samples/key_hash/c/0/0", b"")
-    verdict, repaired = verify_and_repair(str(finished.path), pytest.fail)
+    write(damageable.path / "samples/key_hash/c/0/0", b"")
+    verdict, repaired = verify_and_repair(str(damageable.path), pytest.fail)
     assert [found.path for found in verdict.damage] == ["samples/key_hash/c/0/0"]
     assert set(seen) == set(repaired.removed)
-    assert finished.store.backend.read(LEASE) == RELEASED
+    assert damageable.store.backend.read(LEASE) == RELEASED
 
 
 def test_a_repair_that_loses_its_lease_removes_nothing_more(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
+    damageable: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(finished.path / "samples/key_hash/c/0/0", b"")
-    write(finished.path / "samples/key_hash/c/1/0", b"")
-    damage, remove, removed = found(finished).values(), LocalBackend.remove, list[str]()
+    write(damageable.path / "samples/key_hash/c/0/0", b"")
+    write(damageable.path / "samples/key_hash/c/1/0", b"")
+    damage, remove, removed = found(damageable).values(), LocalBackend.remove, list[str]()
 
     def taken_over(storage: LocalBackend, path: str) -> None:
         remove(storage, path)
@@ -368,7 +354,7 @@ def test_a_repair_that_loses_its_lease_removes_nothing_more(
 
     monkeypatch.setattr(LocalBackend, "remove", taken_over)
     with pytest.raises(LeaseError, match="another driver took this store over"):
-        repair(str(finished.path), damage)
+        repair(str(damageable.path), damage)
     assert len(removed) == 1
 
 

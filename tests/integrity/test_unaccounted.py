@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import statsvc
-from statsvc.cli import cli
 from statsvc.integrity.findings import Damage, Verdict
 from statsvc.integrity.unaccounted import take
 from statsvc.integrity.verify import examine
@@ -18,7 +17,9 @@ from statsvc.storage import open_backend
 from statsvc.storage.fence import LEASE
 from statsvc.storage.lease import TIMING, Lease
 from statsvc.store.layout import moments_arrays, sample_arrays
+from tests.support.damage import damage, flip, reseal, write
 from tests.support.finished import Finished
+from tests.support.verifying import found, verify
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -28,30 +29,18 @@ def verdict(made: Finished) -> Verdict:
 
 
 def foreign(made: Finished) -> dict[str, Damage]:
-    damage = verdict(made).damage
-    assert all(found.foreign for found in damage)
-    return {found.path: found for found in damage}
+    damage = found(made)
+    assert all(each.foreign for each in damage.values())
+    return damage
 
 
 def put(made: Finished, path: str) -> str:
-    target = made.path / path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(b"something")
+    write(made.path / path, b"something")
     return path
 
 
-def verify(made: Finished, *options: str) -> int:
-    code: int = cli.main(["verify", "--store", str(made.path), *options], standalone_mode=False)
-    return code
-
-
-def cache_set(made: Finished) -> str:
-    (name,) = made.store.teacher("dino").cache_sets()
-    return name
-
-
-def test_all_objects_of_a_finished_store_are_accounted_for(finished: Finished) -> None:
-    assert take(open_backend(str(finished.path))) == ([], [])
+def test_all_objects_of_a_finished_store_are_accounted_for(damageable: Finished) -> None:
+    assert take(open_backend(str(damageable.path))) == ([], [])
 
 
 @pytest.mark.slow
@@ -59,7 +48,7 @@ def test_work_that_was_not_committed_is_unfinished_and_no_damage(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commits = finished.path / ".statsvc/commits"
-    (commits / f"cache/dino/{cache_set(finished)}/000001.json").unlink()
+    finished.cache_commit("dino", 1).unlink()
     left = verdict(finished)
     assert left.damage == []
     assert {path.split("/c/1")[0].rpartition("/")[2] for path in left.unfinished} == {
@@ -108,45 +97,43 @@ OTHERS = {
 
 
 def test_what_lies_where_only_this_software_writes_is_named_and_removed(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
+    damageable: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = finished.contents()
-    name = cache_set(finished)
-    paths = {put(finished, path.replace("SET", name)) for path in OURS.values()}
-    assert set(foreign(finished)) == paths
-    assert all(found.removed for found in foreign(finished).values())
-    assert verify(finished, "--repair") == 1
+    before = damageable.contents()
+    name = damageable.cache_set()
+    paths = {put(damageable, path.replace("SET", name)) for path in OURS.values()}
+    assert set(foreign(damageable)) == paths
+    assert all(each.removed for each in foreign(damageable).values())
+    assert verify(damageable, "--repair") == 1
     printed = capsys.readouterr().out
     assert all(f"\n{path}: foreign: " in f"\n{printed}" for path in paths)
     assert f"0 damaged, {len(paths)} foreign, 0 unfinished" in printed
     assert f"removed {len(paths)} objects" in printed
-    assert finished.contents() == before
-    assert verify(finished) == 0
+    assert damageable.contents() == before
+    assert verify(damageable) == 0
 
 
 def test_what_others_put_there_is_named_and_never_removed(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
+    damageable: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in OTHERS.values():
-        put(finished, path)
+        put(damageable, path)
     named = {"backup/", ".statsvc/commits/train/", "samples/labels/"}
-    assert set(foreign(finished)) == named | {path for path in OTHERS.values() if not path.startswith(tuple(named))}
-    before = finished.contents()
-    assert verify(finished, "--json", "--repair") == 1
+    assert set(foreign(damageable)) == named | {path for path in OTHERS.values() if not path.startswith(tuple(named))}
+    before = damageable.contents()
+    assert verify(damageable, "--json", "--repair") == 1
     printed = capsys.readouterr()
-    assert {found["removed"] for found in json.loads(printed.out)["foreign"]} == {False}
+    assert {each["removed"] for each in json.loads(printed.out)["foreign"]} == {False}
     assert "were left as they are" in printed.err
-    assert finished.contents() == before
+    assert damageable.contents() == before
 
 
-def test_a_commit_of_a_sound_index_that_names_a_dataset_shard_twice_is_found(finished: Finished) -> None:
-    shards = {commit.shard for shard in (0, 1) if (commit := finished.store.ledger.read("index", shard))}
+def test_a_commit_of_a_sound_index_that_names_a_dataset_shard_twice_is_found(damageable: Finished) -> None:
+    shards = {commit.shard for shard in (0, 1) if (commit := damageable.store.ledger.read("index", shard))}
     assert shards == {0, 1}
-    path = finished.path / ".statsvc/commits/index/000001.json"
-    from tests.integrity.test_verify import rewritten
-
-    rewritten(path, name="a.tar")
-    assert ".statsvc/commits/index/000001.json" in {found.path for found in verdict(finished).damage}
+    path = ".statsvc/commits/index/000001.json"
+    reseal(damageable.path / path, name="a.tar")
+    assert path in found(damageable)
 
 
 def test_partial_objects_of_a_driver_that_was_killed_are_unfinished_until_the_next_run_sweeps_them(
@@ -161,64 +148,63 @@ def test_partial_objects_of_a_driver_that_was_killed_are_unfinished_until_the_ne
     assert verify(finished, "--json") == 0
     assert json.loads(capsys.readouterr().out)["unfinished"] == paths
     assert all((finished.path / path).exists() for path in paths)
-    (finished.path / f".statsvc/commits/cache/dino/{cache_set(finished)}/000001.json").unlink()  # a run has work to do
+    finished.cache_commit("dino", 1).unlink()  # a run has work to do
     assert finished.run() == 0
     assert finished.contents() == before
     assert verdict(finished)[1:] == ([], [])
 
 
-def test_a_repair_removes_partial_objects_too(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    partial, stranger = put(finished, "samples/views/c/1/0.partial-77"), put(finished, "samples/views/c/9/0")
-    assert verify(finished, "--repair") == 1
+def test_a_repair_removes_partial_objects_too(damageable: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    partial, stranger = put(damageable, "samples/views/c/1/0.partial-77"), put(damageable, "samples/views/c/9/0")
+    assert verify(damageable, "--repair") == 1
     assert "removed 1 unfinished files" in capsys.readouterr().err
-    assert not (finished.path / partial).exists()
-    assert not (finished.path / stranger).exists()
+    assert not (damageable.path / partial).exists()
+    assert not (damageable.path / stranger).exists()
 
 
 @pytest.mark.parametrize("phase", ["measure", "cache"])
-def test_a_foreign_file_beside_the_commits_of_a_teacher_hides_no_damage(finished: Finished, phase: str) -> None:
-    stranger = put(finished, f".statsvc/commits/{phase}/dino/.DS_Store")
-    damaged = next((finished.path / "teachers/dino/cache").rglob("codes/c/1/0/0"))
-    data = damaged.read_bytes()
-    damaged.write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:])
-    assert [found.path for found in verdict(finished).damage] == [stranger, str(damaged.relative_to(finished.path))]
+def test_a_foreign_file_beside_the_commits_of_a_teacher_hides_no_damage(damageable: Finished, phase: str) -> None:
+    stranger = put(damageable, f".statsvc/commits/{phase}/dino/.DS_Store")
+    damaged = next((damageable.path / "teachers/dino/cache").rglob("codes/c/1/0/0"))
+    damage(damaged, lambda data: flip(data, -7))
+    assert [each.path for each in verdict(damageable).damage] == [stranger, str(damaged.relative_to(damageable.path))]
 
 
-def test_partial_objects_are_a_drivers_own_while_it_lives(finished: Finished) -> None:
-    path = put(finished, "samples/views/c/1/0.partial-77")
-    with Lease(finished.store.backend):
-        assert verdict(finished)[1:] == ([], [])
-        assert (finished.path / LEASE).exists()
-    assert verdict(finished)[1:] == ([], [path])
+def test_partial_objects_are_a_drivers_own_while_it_lives(damageable: Finished) -> None:
+    path = put(damageable, "samples/views/c/1/0.partial-77")
+    with Lease(damageable.store.backend):
+        assert verdict(damageable)[1:] == ([], [])
+        assert (damageable.path / LEASE).exists()
+    assert verdict(damageable)[1:] == ([], [path])
 
 
-def test_empty_folders_are_no_objects(finished: Finished) -> None:
+def test_empty_folders_are_no_objects(damageable: Finished) -> None:
     for folder in ("backup", "teachers/ghost", "samples/views/c/9", ".statsvc/commits/cache/ghost"):
-        (finished.path / folder).mkdir(parents=True)
-    assert verdict(finished)[1:] == ([], [])
+        (damageable.path / folder).mkdir(parents=True)
+    assert verdict(damageable)[1:] == ([], [])
 
 
 def test_transforms_of_other_teachers_are_foreign_and_those_of_earlier_fits_are_not(
-    finished: Finished,
+    damageable: Finished,
 ) -> None:
-    folder = finished.path / ".statsvc"
-    fits = finished.store.teacher("siglip").fits()
-    shutil.rmtree(finished.path / "teachers/siglip")
+    folder = damageable.path / ".statsvc"
+    fits = damageable.store.teacher("siglip").fits()
+    shutil.rmtree(damageable.path / "teachers/siglip")
     shutil.rmtree(folder / "copies/teachers/siglip")
     for phase in ("measure", "cache"):
         shutil.rmtree(folder / "commits" / phase / "siglip")
     for place in (folder, folder / "copies"):
         (place / "commits/fit/siglip.json").unlink()
-    found = foreign(finished)
+    strangers = foreign(damageable)
     digests = {digest for methods in fits.values() for digest in methods.values() if isinstance(digest, str)}
-    assert {Path(path).name.partition(".")[0] for path in found} == digests
-    assert not any(line.removed for line in found.values())
+    assert {Path(path).name.partition(".")[0] for path in strangers} == digests
+    assert not any(line.removed for line in strangers.values())
 
 
 def test_one_list_per_folder_is_asked_of_the_storage_and_no_size_of_what_is_known(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
+    damageable: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage, sizes = open_backend(str(finished.path)), list[str]()
+    storage, sizes = open_backend(str(damageable.path)), list[str]()
     size = storage.size
 
     def counted(path: str) -> int | None:
@@ -230,7 +216,7 @@ def test_one_list_per_folder_is_asked_of_the_storage_and_no_size_of_what_is_know
     described = {"teachers/dino/zarr.json", "teachers/siglip/zarr.json"}
     assert set(sizes) <= described
     names = {spec.path for spec in (*sample_arrays(1).values(), *moments_arrays("dino", "patches", 1).values())}
-    assert all((finished.path / name).exists() for name in names)
+    assert all((damageable.path / name).exists() for name in names)
 
 
 @pytest.mark.parametrize("folder", ["teachers/dino/cache", ".statsvc/commits/pilot", ".statsvc/commits/fit"])
@@ -241,4 +227,4 @@ def test_what_others_put_into_our_folders_stops_nobody(finished: Finished, folde
     put(finished, f"{folder}/{name}")
     assert (statsvc.open(str(finished.path)).teacher("dino").targets("patches").rows() == rows).all()
     assert finished.run() == 0
-    assert [(found.foreign, found.removed) for found in verdict(finished).damage] == [(True, False)]
+    assert [(each.foreign, each.removed) for each in verdict(finished).damage] == [(True, False)]

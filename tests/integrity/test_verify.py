@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -15,10 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from statsvc.cli import cli
 from statsvc.dataset.keys import key_hash
 from statsvc.errors import LeaseError
-from statsvc.integrity.findings import Damage
 from statsvc.integrity.repair import repair
 from statsvc.integrity.verify import verify_store
 from statsvc.storage.lease import Lease
@@ -26,45 +22,24 @@ from statsvc.store.arrays import write_chunk
 from statsvc.store.layout import moments_arrays
 from statsvc.store.paths import COPIES
 from statsvc.store.sealed import seal
+from tests.support.commands import statsvc_command
+from tests.support.damage import Change, damage, damaged, edit, edit_attributes, flip, reseal, swap
 from tests.support.finished import Finished
 from tests.support.plans import write_plan
+from tests.support.verifying import found, verify
 from workers.driver.request import Request
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
-Change = Callable[[bytes], bytes | None]
-
-
-def flip(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-
 KINDS_OF_DAMAGE: dict[str, Change] = {
     "flipped": flip,
-    "first byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
-    "last byte": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "first byte": lambda data: flip(data, 0),
+    "last byte": lambda data: flip(data, -1),
     "cut": lambda data: data[:-1],
     "empty": lambda _: b"",
     "zeros": lambda data: bytes(len(data)),
     "missing": lambda _: None,
 }
-
-
-def damage(path: Path, change: Change) -> None:
-    changed = change(path.read_bytes())
-    path.unlink()
-    if changed is not None:
-        path.write_bytes(changed)
-
-
-def verify(finished: Finished, *options: str) -> int:
-    code: int = cli.main(["verify", "--store", str(finished.path), *options], standalone_mode=False)
-    return code
-
-
-def found(finished: Finished) -> dict[str, Damage]:
-    return {damage.path: damage for damage in verify_store(str(finished.path))[1]}
 
 
 def kind_of(path: str) -> str:
@@ -82,22 +57,22 @@ def one_of_each_kind(finished: Finished) -> list[str]:
     return list(kinds.values())
 
 
-def test_an_undamaged_store_is_found_to_be_so(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(finished) == 0
+def test_an_undamaged_store_is_found_to_be_so(damageable: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(damageable) == 0
     checked, rest = capsys.readouterr().out.split(" ", 1)
     assert rest == "objects checked, 0 damaged, 0 foreign, 0 unfinished\n"
-    assert int(checked) >= len(finished.contents())
+    assert int(checked) >= len(damageable.contents())
 
 
-def test_a_store_that_is_not_finished_is_not_damaged(finished: Finished) -> None:
+def test_a_store_that_is_not_finished_is_not_damaged(damageable: Finished) -> None:
     # As a run leaves it that was stopped after each of its phases, from the last to the first.
     for folder in ("commits/cache", "commits/fit", "commits/measure"):
         for place in (".statsvc", ".statsvc/copies"):
-            shutil.rmtree(finished.path / place / folder, ignore_errors=True)
-        assert found(finished) == {}
+            shutil.rmtree(damageable.path / place / folder, ignore_errors=True)
+        assert found(damageable) == {}
     for folder in ("teachers", ".statsvc/copies/teachers"):
-        shutil.rmtree(finished.path / folder)
-    assert found(finished) == {}
+        shutil.rmtree(damageable.path / folder)
+    assert found(damageable) == {}
 
 
 def test_arrays_that_have_grown_before_their_work_is_done_are_not_damaged(finished: Finished) -> None:
@@ -110,9 +85,7 @@ def test_arrays_that_have_grown_before_their_work_is_done_are_not_damaged(finish
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "statsvc", "verify", "--store", str(tmp_path)]
-    script = [sys.executable, "-c", "from statsvc.cli import main; main()", *command[3:]]
-    refused = subprocess.run(script, capture_output=True, text=True, check=False)
+    refused = statsvc_command("verify", "--store", tmp_path)
     assert refused.returncode in (2, 3)
     assert "is not a store" in refused.stderr
     assert refused.stdout == ""
@@ -122,25 +95,24 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_damage_to_every_kind_of_object_is_found_under_its_path(finished: Finished) -> None:
-    paths = one_of_each_kind(finished)
+def test_damage_to_every_kind_of_object_is_found_under_its_path(damageable: Finished) -> None:
+    paths = one_of_each_kind(damageable)
     assert len(paths) > 50
     missed, others = [], cycle(["first byte", "last byte", "cut", "empty", "zeros"])
     for path in paths:
-        whole = (finished.path / path).read_bytes()
+        whole = (damageable.path / path).read_bytes()
         for name in ("flipped", "missing", next(others)):
             change = KINDS_OF_DAMAGE[name]
             if change(whole) == whole:
                 continue
-            damage(finished.path / path, change)
-            lines = found(finished)
-            (finished.path / path).write_bytes(whole)
+            with damaged(damageable.path / path, change):
+                lines = found(damageable)
             if path not in lines and not may_be_missing(path, name):
                 missed.append((path, name, list(lines)))
             # Of the objects that are sound, none is blamed.
             assert set(lines) <= {path}, (path, name)
     assert missed == []
-    assert found(finished) == {}
+    assert found(damageable) == {}
 
 
 def may_be_missing(path: str, name: str) -> bool:
@@ -149,7 +121,7 @@ def may_be_missing(path: str, name: str) -> bool:
 
 
 def test_the_lines_begin_with_the_path_and_the_exit_code_is_1(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
+    damageable: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [
         "samples/views/c/1/0",
@@ -157,55 +129,49 @@ def test_the_lines_begin_with_the_path_and_the_exit_code_is_1(
         ".statsvc/commits/index/000002.json",
     ]
     for path in paths:
-        damage(finished.path / path, flip)
-    assert verify(finished) == 1
+        damage(damageable.path / path)
+    assert verify(damageable) == 1
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines if "though" not in line] == sorted(paths)
     assert re.fullmatch(r"\d+ objects checked, \d+ damaged, 0 foreign, 0 unfinished", last)
     assert all(line.partition(": ")[2] for line in lines)
 
 
-def test_json_lists_paths_reasons_and_commits(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(finished, "--json") == 0
+def test_json_lists_paths_reasons_and_commits(damageable: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(damageable, "--json") == 0
     whole = json.loads(capsys.readouterr().out)
     assert whole["damaged"] == []
     assert whole["checked"] > 100
     path = "teachers/dino/status/c/1"
-    damage(finished.path / path, flip)
-    assert verify(finished, "--json") == 1
+    damage(damageable.path / path)
+    assert verify(damageable, "--json") == 1
     (only,) = json.loads(capsys.readouterr().out)["damaged"]
     assert only["path"] == path
     assert "crc32c" in only["reason"]
     assert re.fullmatch(r"\.statsvc/commits/cache/dino/phi-s-[0-9a-f]{12}-int8/000001\.json", only["commit"])
 
 
-def test_all_damage_is_found_in_one_pass(finished: Finished) -> None:
+def test_all_damage_is_found_in_one_pass(damageable: Finished) -> None:
     # One of each kind, all at once. Of damaged metadata of the root or a teacher, and of a damaged commit, follows that
     # nothing can be said of what it describes.
-    paths = one_of_each_kind(finished)
+    paths = one_of_each_kind(damageable)
     commits = [path for path in paths if "/commits/" in path]
     others = [path for path in paths if path not in commits and not re.fullmatch(r"(teachers/\w+/)?zarr\.json", path)]
     assert len(others) > 40
     for together in (others, commits):
         for path in together:
-            damage(finished.path / path, flip)
-        assert set(found(finished)) == set(together)
+            damage(damageable.path / path)
+        assert set(found(damageable)) == set(together)
         for path in together:
-            damage(finished.path / path, flip)
-    assert found(finished) == {}
+            damage(damageable.path / path)
+    assert found(damageable) == {}
 
 
 # --- objects that are sound, but not the ones that were committed ---
 
 
-def swap(first: Path, second: Path) -> None:
-    content = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(content)
-
-
-def test_objects_of_two_dataset_shards_that_were_exchanged_are_found(finished: Finished) -> None:
-    contents = finished.contents()
+def test_objects_of_two_dataset_shards_that_were_exchanged_are_found(damageable: Finished) -> None:
+    contents = damageable.contents()
     pairs = [
         (path, path.replace("c/0", "c/2"))
         for path in contents
@@ -213,22 +179,10 @@ def test_objects_of_two_dataset_shards_that_were_exchanged_are_found(finished: F
     ]
     assert len({kind_of(path) for path, _ in pairs}) >= 19
     for first, second in pairs:
-        swap(finished.path / first, finished.path / second)
+        swap(damageable.path / first, damageable.path / second)
         if contents[first] != contents[second]:  # as counts and statuses may be
-            assert set(found(finished)) == {first, second}
-        swap(finished.path / first, finished.path / second)
-
-
-def cache_commit(finished: Finished, teacher: str, shard: int) -> Path:
-    (folder,) = (finished.path / f".statsvc/commits/cache/{teacher}").iterdir()
-    return folder / f"{shard:06d}.json"
-
-
-def rewritten(path: Path, **changes: Any) -> None:
-    """A sealed document with other content: its checksum is right."""
-    content = json.loads(path.read_bytes())
-    del content["crc32c"]
-    path.write_bytes(seal({**content, **changes}))
+            assert set(found(damageable)) == {first, second}
+        swap(damageable.path / first, damageable.path / second)
 
 
 def other_objects(path: Path) -> list[Any]:
@@ -237,23 +191,23 @@ def other_objects(path: Path) -> list[Any]:
 
 
 FOREIGN_COMMITS: dict[str, Callable[[Path, Finished], object]] = {
-    "of another dataset shard": lambda path, f: path.write_bytes(cache_commit(f, "dino", 2).read_bytes()),
-    "of another teacher": lambda path, f: path.write_bytes(cache_commit(f, "siglip", 0).read_bytes()),
-    "of another fingerprint": lambda path, _: rewritten(path, fingerprint="0" * 64),
-    "of another fit": lambda path, _: rewritten(path, transform={"patches": "0" * 64, "summary": "1" * 64}),
-    "without a fit": lambda path, _: rewritten(path, transform={}),
-    "that counts one row more": lambda path, _: rewritten(path, rows=7),
-    "that counts another status": lambda path, _: rewritten(path, status={"ok": 5, "absent": 2}),
-    "that names fewer objects": lambda path, _: rewritten(path, objects=other_objects(path)),
-    "that names none": lambda path, _: rewritten(path, objects=[]),
+    "of another dataset shard": lambda path, f: path.write_bytes(f.cache_commit("dino", 2).read_bytes()),
+    "of another teacher": lambda path, f: path.write_bytes(f.cache_commit("siglip", 0).read_bytes()),
+    "of another fingerprint": lambda path, _: reseal(path, fingerprint="0" * 64),
+    "of another fit": lambda path, _: reseal(path, transform={"patches": "0" * 64, "summary": "1" * 64}),
+    "without a fit": lambda path, _: reseal(path, transform={}),
+    "that counts one row more": lambda path, _: reseal(path, rows=7),
+    "that counts another status": lambda path, _: reseal(path, status={"ok": 5, "absent": 2}),
+    "that names fewer objects": lambda path, _: reseal(path, objects=other_objects(path)),
+    "that names none": lambda path, _: reseal(path, objects=[]),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN_COMMITS)
-def test_a_commit_that_does_not_belong_there_is_found(finished: Finished, name: str) -> None:
-    path = cache_commit(finished, "dino", 0)
-    FOREIGN_COMMITS[name](path, finished)
-    assert set(found(finished)) == {str(path.relative_to(finished.path))}
+def test_a_commit_that_does_not_belong_there_is_found(damageable: Finished, name: str) -> None:
+    path = damageable.cache_commit("dino", 0)
+    FOREIGN_COMMITS[name](path, damageable)
+    assert set(found(damageable)) == {str(path.relative_to(damageable.path))}
 
 
 @pytest.mark.parametrize(
@@ -268,64 +222,58 @@ def test_a_commit_that_does_not_belong_there_is_found(finished: Finished, name: 
     ids=str,
 )
 def test_a_commit_that_counts_or_names_other_things_is_found(
-    finished: Finished, path: str, changes: dict[str, Any]
+    damageable: Finished, path: str, changes: dict[str, Any]
 ) -> None:
-    rewritten(finished.path / path, **changes)
-    assert set(found(finished)) == {path}
+    reseal(damageable.path / path, **changes)
+    assert set(found(damageable)) == {path}
 
 
-def test_a_fit_that_is_not_this_teachers_is_found(finished: Finished) -> None:
-    dino, siglip = (finished.path / f".statsvc/commits/fit/{name}.json" for name in ("dino", "siglip"))
+def test_a_fit_that_is_not_this_teachers_is_found(damageable: Finished) -> None:
+    dino, siglip = (damageable.path / f".statsvc/commits/fit/{name}.json" for name in ("dino", "siglip"))
     whole = dino.read_bytes()
     dino.write_bytes(siglip.read_bytes())
-    assert ".statsvc/commits/fit/dino.json" in found(finished)
+    assert ".statsvc/commits/fit/dino.json" in found(damageable)
     dino.write_bytes(whole)
-    fits = finished.store.teacher("dino").fits()
+    fits = damageable.store.teacher("dino").fits()
     fits["patches"]["phi-s"], fits["patches"]["global"] = fits["patches"]["global"], fits["patches"]["phi-s"]
     dino.write_bytes(seal(fits))
-    assert set(found(finished)) == {".statsvc/commits/fit/dino.json"}
+    assert set(found(damageable)) == {".statsvc/commits/fit/dino.json"}
 
 
-def test_a_pilot_that_is_not_the_one_that_was_fitted_is_found(finished: Finished) -> None:
-    ((path, whole),) = [item for item in finished.contents().items() if item[0].startswith(".statsvc/commits/pilot/")]
-    rewritten(finished.path / path, shards=[0, 1])
-    assert set(found(finished)) == {path}
-    rewritten(finished.path / path, teachers=["dino"])
-    assert set(found(finished)) == {path}
-    (finished.path / path).write_bytes(whole)
-    swap_to = (finished.path / path).with_name("0123456789abcdef.json")
+def test_a_pilot_that_is_not_the_one_that_was_fitted_is_found(damageable: Finished) -> None:
+    ((path, whole),) = [item for item in damageable.contents().items() if item[0].startswith(".statsvc/commits/pilot/")]
+    reseal(damageable.path / path, shards=[0, 1])
+    assert set(found(damageable)) == {path}
+    reseal(damageable.path / path, teachers=["dino"])
+    assert set(found(damageable)) == {path}
+    (damageable.path / path).write_bytes(whole)
+    swap_to = (damageable.path / path).with_name("0123456789abcdef.json")
     swap_to.write_bytes(whole)
-    assert set(found(finished)) == {str(swap_to.relative_to(finished.path))}
+    assert set(found(damageable)) == {str(swap_to.relative_to(damageable.path))}
 
 
-def test_transforms_and_reports_that_were_exchanged_are_found(finished: Finished) -> None:
-    fits = finished.store.teacher("dino").fits()["patches"]
+def test_transforms_and_reports_that_were_exchanged_are_found(damageable: Finished) -> None:
+    fits = damageable.store.teacher("dino").fits()["patches"]
     for pattern in (".statsvc/transforms/{}.safetensors", ".statsvc/reports/{}.json"):
         first, second = (pattern.format(fits[method]) for method in ("phi-s", "global"))
-        swap(finished.path / first, finished.path / second)
-        assert set(found(finished)) == {first, second}
-        swap(finished.path / first, finished.path / second)
+        swap(damageable.path / first, damageable.path / second)
+        assert set(found(damageable)) == {first, second}
+        swap(damageable.path / first, damageable.path / second)
 
 
-def test_moments_that_were_measured_anew_with_other_numbers_are_not_those_of_the_fit(finished: Finished) -> None:
+def test_moments_that_were_measured_anew_with_other_numbers_are_not_those_of_the_fit(damageable: Finished) -> None:
     path = ".statsvc/commits/measure/dino/000001.json"
-    content = json.loads((finished.path / path).read_bytes())
+    content = json.loads((damageable.path / path).read_bytes())
     spec = moments_arrays("dino", "patches", 32)["mean"]
     other = np.full((1, 2, 32), 0.5)
-    record = write_chunk(finished.store.backend, spec, 1, other)
+    record = write_chunk(damageable.store.backend, spec, 1, other)
     objects = [record._asdict() if known["path"] == record.path else known for known in content["objects"]]
-    rewritten(finished.path / path, objects=objects)
-    fits = finished.store.teacher("dino").fits()["patches"].values()
-    assert set(found(finished)) == {f".statsvc/transforms/{fit}.safetensors" for fit in fits if isinstance(fit, str)}
+    reseal(damageable.path / path, objects=objects)
+    fits = damageable.store.teacher("dino").fits()["patches"].values()
+    assert set(found(damageable)) == {f".statsvc/transforms/{fit}.safetensors" for fit in fits if isinstance(fit, str)}
 
 
 # --- metadata that is sound JSON, but wrong ---
-
-
-def edited(path: Path, change: Callable[[Any], Any]) -> None:
-    document = json.loads(path.read_bytes())
-    changed = change(document)
-    path.write_text(json.dumps(document if changed is None else changed))
 
 
 ARRAY = "teachers/dino/moments/patches/mean/zarr.json"
@@ -362,28 +310,25 @@ WRONG_METADATA: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_METADATA)
-def test_wrong_metadata_is_found_and_nothing_else_is_blamed(finished: Finished, name: str) -> None:
+def test_wrong_metadata_is_found_and_nothing_else_is_blamed(damageable: Finished, name: str) -> None:
     path, change = WRONG_METADATA[name]
-    edited(finished.path / path, change)
-    assert set(found(finished)) == {path}
+    edit(damageable.path / path, change)
+    assert set(found(damageable)) == {path}
 
 
-def test_the_transform_that_an_array_names_must_be_that_of_its_commits(finished: Finished) -> None:
-    targets = finished.store.teacher("dino").targets("patches")
+def test_the_transform_that_an_array_names_must_be_that_of_its_commits(damageable: Finished) -> None:
+    targets = damageable.store.teacher("dino").targets("patches")
     for key, value in {"transform": "0" * 64, "k": 33, "dtype": "int4", "packing": "low first"}.items():
-        path = finished.path / f"teachers/dino/cache/{targets.set}/patches/codes/zarr.json"
-        whole = path.read_bytes()
-        document = json.loads(whole)
-        document["attributes"][key] = value
-        path.write_text(json.dumps(document))
-        assert set(found(finished)) == {str(path.relative_to(finished.path))}
-        path.write_bytes(whole)
+        path = f"teachers/dino/cache/{targets.set}/patches/codes/zarr.json"
+        with damaged(damageable.path / path, lambda whole: whole):
+            edit_attributes(damageable.path / path, **{key: value})
+            assert set(found(damageable)) == {path}
 
 
-def test_metadata_that_another_writer_would_space_otherwise_is_not_damaged(finished: Finished) -> None:
-    for path in finished.path.rglob("zarr.json"):
+def test_metadata_that_another_writer_would_space_otherwise_is_not_damaged(damageable: Finished) -> None:
+    for path in damageable.path.rglob("zarr.json"):
         path.write_text(json.dumps(dict(reversed(json.loads(path.read_bytes()).items()))))
-    assert found(finished) == {}
+    assert found(damageable) == {}
 
 
 # --- repair ---
@@ -434,36 +379,36 @@ def test_after_repair_a_run_restores_every_byte(finished: Finished, what: str, c
 
 
 def test_repair_removes_what_is_damaged_and_nothing_else(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
+    damageable: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = finished.contents()
+    before = damageable.contents()
     path = next(path for path in before if path.endswith("codes/c/1/0/0"))
-    commit = str(cache_commit(finished, path.split("/")[1], 1).relative_to(finished.path))
-    damage(finished.path / path, flip)
-    assert verify(finished, "--repair") == 1
+    commit = str(damageable.cache_commit(path.split("/")[1], 1).relative_to(damageable.path))
+    damage(damageable.path / path)
+    assert verify(damageable, "--repair") == 1
     assert "removed 2 objects and commits; `statsvc run PLAN` restores them" in capsys.readouterr().out
-    assert before.keys() - finished.contents().keys() == {path, commit}
+    assert before.keys() - damageable.contents().keys() == {path, commit}
 
 
 def test_repair_with_json_keeps_standard_output_for_json(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
+    damageable: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(finished.path / "samples/views/c/1/0", flip)
-    assert verify(finished, "--json", "--repair") == 1
+    damage(damageable.path / "samples/views/c/1/0")
+    assert verify(damageable, "--json", "--repair") == 1
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)["damaged"]) == 1
     assert "removed 2 objects" in printed.err
 
 
-def test_repair_of_a_sound_store_removes_nothing(finished: Finished) -> None:
-    before = finished.contents()
-    assert verify(finished, "--repair") == 0
-    assert finished.contents() == before
+def test_repair_of_a_sound_store_removes_nothing(damageable: Finished) -> None:
+    before = damageable.contents()
+    assert verify(damageable, "--repair") == 0
+    assert damageable.contents() == before
 
 
 def test_what_was_done_under_a_number_goes_with_its_index(finished: Finished) -> None:
     # Where the summary is lost, too, nothing says whose number it was. The pilot's numbers are given to nobody else.
-    damage(finished.path / ".statsvc/commits/index/000001.json", flip)
+    damage(finished.path / ".statsvc/commits/index/000001.json")
     (finished.path / ".statsvc/index.json").unlink()
     verify(finished, "--repair")
     left = [path for path in finished.contents() if re.search(r"commits/(measure|cache)/.*/000001\.json", path)]
@@ -480,35 +425,32 @@ def test_what_was_done_under_a_number_goes_with_its_index(finished: Finished) ->
     assert set(found(finished)) == {f".statsvc/commits/measure/{name}/000001.json" for name in ("dino", "siglip")}
 
 
-def test_repair_says_nothing_can_be_removed_twice(finished: Finished) -> None:
-    damage(finished.path / "samples/views/c/1/0", flip)
-    _, lines = verify_store(str(finished.path))
-    assert len(repair(str(finished.path), lines).removed) == 2
-    assert repair(str(finished.path), lines).removed == []
+def test_repair_says_nothing_can_be_removed_twice(damageable: Finished) -> None:
+    damage(damageable.path / "samples/views/c/1/0")
+    _, lines = verify_store(str(damageable.path))
+    assert len(repair(str(damageable.path), lines).removed) == 2
+    assert repair(str(damageable.path), lines).removed == []
 
 
 @pytest.mark.slow
 def test_the_commands_themselves_restore_a_store(finished: Finished) -> None:
     """As a user does it, with a worker process of its own."""
     pytest.importorskip("torch")
-    command = [sys.executable, "-c", "from statsvc.cli import main; main()"]
     before = finished.contents()
     for path in [path for path in before if re.search(r"dino/(cache/.*/codes/c/0|moments/.*/mean/c/1)", path)]:
-        damage(finished.path / path, flip)
-    mended = subprocess.run(
-        [*command, "verify", "--store", str(finished.path), "--repair"], capture_output=True, text=True, check=False
-    )
+        damage(finished.path / path)
+    mended = statsvc_command("verify", "--store", finished.path, "--repair")
     assert mended.returncode == 1, mended.stderr
     assert "codes/c/0/0/0: " in mended.stdout
     plan = write_plan(finished.folder, finished.plan.model_dump(mode="json", exclude_unset=True))
-    again = subprocess.run([*command, "run", str(plan)], capture_output=True, text=True, check=False, timeout=120)
+    again = statsvc_command("run", plan)
     assert again.returncode == 0, again.stderr
     assert finished.contents() == before
 
 
-def test_nothing_is_repaired_under_a_running_driver(finished: Finished) -> None:
-    damaged = next((finished.path / "teachers/dino/cache").rglob("scales/c/0/0"))
+def test_nothing_is_repaired_under_a_running_driver(damageable: Finished) -> None:
+    damaged = next((damageable.path / "teachers/dino/cache").rglob("scales/c/0/0"))
     damaged.write_bytes(bytes(damaged.stat().st_size))
-    with Lease(finished.store.backend), pytest.raises(LeaseError, match="another driver holds this store"):
-        repair(str(finished.path), list(found(finished).values()))
+    with Lease(damageable.store.backend), pytest.raises(LeaseError, match="another driver holds this store"):
+        repair(str(damageable.path), list(found(damageable).values()))
     assert damaged.exists()

@@ -18,6 +18,7 @@ from statsvc.errors import DamagedObject, PlanError, StoreError
 from statsvc.storage import BACKENDS, open_backend
 from statsvc.storage.backend import Backend
 from tests.support.http_stub import record_of
+from tests.support.waiting import in_threads
 
 OUTSIDE = ["..", "../x", "a/../../x", "a/..", "/tmp/x", "//x", "a\\b", "..\\x", "a\0b"]
 TWO_NAMES_FOR_ONE = [".", "./a", "a//b", "a/./b", "a/"]
@@ -336,11 +337,7 @@ class BackendContract(ReadingContract):
             if storage.swap("object", None, b"%d" % number):
                 won.append(number)
 
-        threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(8, create)
         assert len(won) == 1
         assert storage.read("object") == b"%d" % won[0]
 

@@ -26,7 +26,7 @@ from statsvc.storage.http.backend import HttpBackend
 from statsvc.store.reader import Store, Targets
 from tests.storage.test_backends import ReadingContract
 from tests.support.finished import Finished
-from tests.support.http_stub import Handler, Stub, record_of, stub
+from tests.support.http_stub import Stub, record_of, stub
 from tests.support.service import Running
 from tests.support.waiting import wait_for
 
@@ -189,13 +189,7 @@ def test_nothing_is_written(cached: CachedBackend) -> None:
 
 @pytest.mark.slow
 def test_processes_that_want_the_same_object_at_once_fetch_it_once(server: Stub, folder: Path) -> None:
-    go_on = threading.Event()
-
-    def wait(handler: Handler) -> None:
-        go_on.wait(30)
-        handler.behave()
-
-    server.always = wait
+    go_on = server.hold()
     arguments = [server.url, str(folder), str(len(DATA)), RECORD.crc32c]
     running = [subprocess.Popen([sys.executable, "-c", VIEW, *arguments], stdout=-1, text=True) for _ in range(3)]
     wait_for(lambda: len(server.seen) > 0)
@@ -250,13 +244,7 @@ def test_at_most_half_the_cache_is_fetched_ahead(server: Stub, folder: Path, par
 def test_what_waits_gives_way_to_what_is_wanted_next(
     server: Stub, cached: CachedBackend, parts: list[ObjectRecord]
 ) -> None:
-    go_on = threading.Event()
-
-    def wait(handler: Handler) -> None:
-        go_on.wait(30)
-        handler.behave()
-
-    server.always = wait
+    go_on = server.hold()
     cached.prefetch(parts[:5])
     wait_for(lambda: len(server.seen) == 2, "both threads to ask")
     cached.prefetch(parts[8:])
@@ -283,14 +271,7 @@ def test_what_goes_wrong_ahead_is_raised_by_the_reader(
 
 def test_a_forked_process_fetches_ahead_by_itself(server: Stub, folder: Path) -> None:
     server.objects["a/one"] = b"1"
-    go_on = threading.Event()
-
-    def wait(handler: Handler) -> None:
-        if "slow" in handler.path:
-            go_on.wait(30)
-        handler.behave()
-
-    server.always = wait
+    go_on = server.hold("slow")
     with subprocess.Popen(
         [sys.executable, "-c", FORK_WHILE_FETCHING, server.url, str(folder)], stdin=-1, stdout=-1, text=True
     ) as process:
@@ -327,8 +308,8 @@ def far(service: Running, folder: Path) -> Far:
 
 
 @pytest.fixture
-def near(finished: Finished) -> Targets:
-    return finished.store.teacher("dino").targets("patches")
+def near(damageable: Finished) -> Targets:
+    return damageable.store.teacher("dino").targets("patches")
 
 
 def same(far: Targets, near: Targets) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from statsvc.storage.http import body, connections, resuming
 from statsvc.storage.http.backend import HttpBackend
 from tests.storage.test_backends import ReadingContract
 from tests.support.http_stub import Handler, Stub, record_of, stub
-from tests.support.waiting import wait_for, wait_until_closed_by
+from tests.support.waiting import in_threads, wait_for, wait_until_closed_by
 
 DATA = os.urandom(3_000_000)
 RECORD = record_of("a/object", DATA)
@@ -118,23 +117,12 @@ def test_a_service_that_closes_each_connection_is_asked_over_new_ones(server: St
 
 
 def test_threads_share_a_backend(storage: HttpBackend) -> None:
-    wrong: list[object] = []
-
     def read(number: int) -> None:
-        try:
-            for i in range(20):
-                begin = (number * 20 + i) * 10_000
-                if fetch(storage, begin, begin + 10_000) != DATA[begin : begin + 10_000]:
-                    wrong.append(begin)
-        except Exception as error:
-            wrong.append(error)
+        for i in range(20):
+            begin = (number * 20 + i) * 10_000
+            assert fetch(storage, begin, begin + 10_000) == DATA[begin : begin + 10_000]
 
-    threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(8, read)
 
 
 def test_a_forked_process_has_connections_of_its_own(server: Stub, storage: HttpBackend) -> None:

@@ -7,6 +7,7 @@ import pickle
 import threading
 
 from statsvc.storage.per_process import PerProcess
+from tests.support.waiting import in_threads
 
 
 def test_a_forked_child_makes_a_value_of_its_own() -> None:
@@ -27,11 +28,7 @@ def test_threads_share_the_value_that_was_made_first() -> None:
         return object()
 
     value = PerProcess[object]()
-    threads = [threading.Thread(target=lambda: found.append(value.get(make))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, lambda _: found.append(value.get(make)))
     assert len(found) == 4
     assert len(set(map(id, found))) == 1
 

@@ -52,12 +52,6 @@ def running(store: Path) -> Iterator[Running]:
         yield service
 
 
-@pytest.fixture
-def client(running: Running) -> Iterator[Client]:
-    with connected(running) as client:
-        yield client
-
-
 def service_of(running: Running) -> Service:
     """The state of the service in this process."""
     found: Service = running.server.config.app.state.service  # type: ignore[union-attr]

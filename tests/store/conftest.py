@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from tests.support.finished import decoders, dinov2, features, finished, finished_once, service, service_once
+from pathlib import Path
 
-__all__ = ["decoders", "dinov2", "features", "finished", "finished_once", "service", "service_once"]
+import pytest
+
+from statsvc.storage.local import LocalBackend
+from tests.support.finished import *  # noqa: F403
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalBackend:
+    """A folder where nothing lies yet."""
+    return LocalBackend(str(tmp_path))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -36,11 +34,6 @@ DOCUMENTS = {
         "pilot": [0], "rank": 4,
     }),
 }  # fmt: skip
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> LocalBackend:
-    return LocalBackend(str(tmp_path))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS)

@@ -21,6 +21,7 @@ from statsvc.numerics.moments import Moments
 from statsvc.store.commits import Commit
 from statsvc.store.reader import Store
 from statsvc.store.status import describe
+from tests.support.damage import damage, flip
 from tests.support.finished import ABSENT, Finished
 from tests.support.service import Running, serving
 
@@ -140,36 +141,32 @@ def test_status_and_verify_work_over_http(service_once: Running) -> None:
     assert damage == []
 
 
-def test_damage_is_found_over_http_and_repaired_only_where_the_store_lies(service: Running, finished: Finished) -> None:
-    codes = next(finished.path.glob("teachers/dino/cache/*/patches/codes/c/1/0/0"))
-    flip(codes, 100)
-    moments = next(finished.path.glob("teachers/dino/moments/patches/mean/c/0/0/0"))
-    flip(moments, 10)
+def test_damage_is_found_over_http_and_repaired_only_where_the_store_lies(
+    service: Running, damageable: Finished
+) -> None:
+    codes = next(damageable.path.glob("teachers/dino/cache/*/patches/codes/c/1/0/0"))
+    damage(codes, lambda data: flip(data, 100))
+    moments = next(damageable.path.glob("teachers/dino/moments/patches/mean/c/0/0/0"))
+    damage(moments, lambda data: flip(data, 10))
     found = {found.path for found in verify_store(service.url)[1]}
-    assert found == {str(path.relative_to(finished.path)) for path in (codes, moments)}
+    assert found == {str(path.relative_to(damageable.path)) for path in (codes, moments)}
     targets = statsvc.open(service.url).teacher("dino").targets("patches")
     targets.read([0, 1])
     with pytest.raises(DamagedObject, match="row 0 fails its checksum"):
         targets.read([7])
-    before = finished.contents()
+    before = damageable.contents()
     with pytest.raises(PlanError, match="a service is read only; write to the store it serves"):
         run("verify", "--store", service.url, "--repair")
-    assert finished.contents() == before
+    assert damageable.contents() == before
 
 
-def test_a_shard_of_the_wrong_size_is_damage(service: Running, finished: Finished) -> None:
-    codes = next(finished.path.glob("teachers/dino/cache/*/patches/codes/c/1/0/0"))
-    codes.write_bytes(codes.read_bytes()[:-1])
+def test_a_shard_of_the_wrong_size_is_damage(service: Running, damageable: Finished) -> None:
+    codes = next(damageable.path.glob("teachers/dino/cache/*/patches/codes/c/1/0/0"))
+    damage(codes, lambda data: data[:-1])
     targets = statsvc.open(service.url).teacher("dino").targets("patches")
     with pytest.raises(DamagedObject, match="codes/c/1/0/0: it answers 409"):
         targets.read([7])
-    assert {found.path for found in verify_store(service.url)[1]} == {str(codes.relative_to(finished.path))}
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
+    assert {found.path for found in verify_store(service.url)[1]} == {str(codes.relative_to(damageable.path))}
 
 
 # --- who may, and when ---

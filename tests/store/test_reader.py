@@ -25,6 +25,7 @@ from statsvc.plan import Plan
 from statsvc.store.layout import Output
 from statsvc.store.reader import Store, Targets, Teacher
 from statsvc.store.sealed import seal
+from tests.support.damage import Change, damage, damaged, flip, reseal, swap
 from tests.support.finished import ABSENT, MADE_BEFORE, PRESENT, ROWS_PER_SHARD, Features, Finished, by_row, plan_for
 from tests.support.libraries import tensor
 from tests.support.plans import tiny_dino
@@ -105,18 +106,18 @@ def test_names_that_are_not_there_are_refused_with_those_that_are(store: Store, 
             question()
 
 
-def test_a_method_that_was_refused_gives_its_reason(finished: Finished) -> None:
-    fits = finished.store.teacher("dino").fits()
+def test_a_method_that_was_refused_gives_its_reason(damageable: Finished) -> None:
+    fits = damageable.store.teacher("dino").fits()
     fits["patches"]["standardize"] = {"refused": "3 of 32 channels never vary"}
-    (finished.path / ".statsvc/commits/fit/dino.json").write_bytes(seal(fits))
+    (damageable.path / ".statsvc/commits/fit/dino.json").write_bytes(seal(fits))
     with pytest.raises(NotFound, match=r"standardize was refused for dino patches: 3 of 32 channels never vary"):
-        finished.store.teacher("dino").transform("standardize")
-    assert finished.store.teacher("dino").transform("standardize", output="summary").output == "summary"
+        damageable.store.teacher("dino").transform("standardize")
+    assert damageable.store.teacher("dino").transform("standardize", output="summary").output == "summary"
 
 
-def test_before_the_fit_there_are_no_transforms_and_it_says_so(finished: Finished) -> None:
-    (finished.path / ".statsvc/commits/fit/dino.json").unlink()
-    dino = finished.store.teacher("dino")
+def test_before_the_fit_there_are_no_transforms_and_it_says_so(damageable: Finished) -> None:
+    (damageable.path / ".statsvc/commits/fit/dino.json").unlink()
+    dino = damageable.store.teacher("dino")
     assert dino.fits() == dino.report() == {}
     with pytest.raises(NotFound, match="none: the fit comes after the measure phase"):
         dino.transform("phi-s")
@@ -126,13 +127,13 @@ def test_before_the_fit_there_are_no_transforms_and_it_says_so(finished: Finishe
 
 @pytest.mark.parametrize("where", [".statsvc/commits/fit/dino.json", "report"])
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"patches":{}}'])
-def test_a_damaged_fit_or_report_is_refused_by_name(finished: Finished, where: str, damage: bytes) -> None:
-    dino = finished.store.teacher("dino")
+def test_a_damaged_fit_or_report_is_refused_by_name(damageable: Finished, where: str, damage: bytes) -> None:
+    dino = damageable.store.teacher("dino")
     path = f".statsvc/reports/{dino.fits()['patches']['phi-s']}.json" if where == "report" else where
-    (finished.path / path).write_bytes(damage)
+    (damageable.path / path).write_bytes(damage)
     with pytest.raises(DamagedObject, match=f"^{path}: "):
         dino.report()
-    (finished.path / path).unlink()
+    (damageable.path / path).unlink()
     if where == "report":
         with pytest.raises(DamagedObject, match=f"^{path}: missing"):
             dino.report()
@@ -383,106 +384,89 @@ def objects_of(finished: Finished, name: str) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_what_is_not_committed_is_absent_even_if_its_objects_are_there(finished: Finished) -> None:
-    targets = patches_of(finished)
-    commit = finished.path / f".statsvc/commits/cache/dino/{targets.set}/000001.json"
-    content = commit.read_bytes()
-    commit.unlink()
-    for rows in ([7], [0, 7], [7, 0]):
-        with pytest.raises(AbsentRow, match="dataset shard 1 is not cached for dino"):
-            targets.read(rows)
-    assert targets.rows().tolist() == [row for row in PRESENT if row // ROWS_PER_SHARD != 1]
-    commit.write_bytes(content)  # the run goes on
+def test_what_is_not_committed_is_absent_even_if_its_objects_are_there(damageable: Finished) -> None:
+    targets = patches_of(damageable)
+    with damaged(damageable.path / f".statsvc/commits/cache/dino/{targets.set}/000001.json", lambda _: None):
+        for rows in ([7], [0, 7], [7, 0]):
+            with pytest.raises(AbsentRow, match="dataset shard 1 is not cached for dino"):
+                targets.read(rows)
+        assert targets.rows().tolist() == [row for row in PRESENT if row // ROWS_PER_SHARD != 1]
+    # The run went on.
     assert targets.read([7]).any()
     assert targets.rows().tolist() == PRESENT
 
 
 @pytest.mark.parametrize("array", ["codes", "scales"])
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[:-1],
-        lambda _: b"",
-        lambda _: None,
-        lambda data: bytes(len(data)),
-        lambda data: data[::-1],
-        lambda data: data + b"\0",
-    ],
+    "change",
+    [lambda data: data[:-1], lambda _: b"", lambda _: None, lambda data: bytes(len(data)), lambda data: data[::-1],
+     lambda data: data + b"\0"],
     ids=["cut", "empty", "missing", "zeros", "reversed", "longer"],
-)
+)  # fmt: skip
 def test_a_damaged_object_is_refused_by_name_and_never_read_as_zeros(
-    finished: Finished, array: str, damage: Callable[[bytes], bytes | None]
+    damageable: Finished, array: str, change: Change
 ) -> None:
-    targets, path = patches_of(finished), objects_of(finished, array)[1]
-    changed = damage(path.read_bytes())
-    path.unlink()
-    if changed is not None:
-        path.write_bytes(changed)
-    with pytest.raises(DamagedObject, match=f"^{path.relative_to(finished.path)}: .*--repair"):
+    targets, path = patches_of(damageable), objects_of(damageable, array)[1]
+    damage(path, change)
+    with pytest.raises(DamagedObject, match=f"^{path.relative_to(damageable.path)}: .*--repair"):
         targets.read([7])
     assert targets.read([0, 14]).any()
 
 
-def test_a_flipped_bit_of_one_row_is_refused_when_that_row_is_read(finished: Finished) -> None:
-    targets, path = patches_of(finished), objects_of(finished, "codes")[1]
-    data = bytearray(path.read_bytes())
-    data[5] ^= 1  # of the first row: they lie in order
-    path.write_bytes(data)
+def test_a_flipped_bit_of_one_row_is_refused_when_that_row_is_read(damageable: Finished) -> None:
+    targets, path = patches_of(damageable), objects_of(damageable, "codes")[1]
+    damage(path, lambda data: flip(data, 5))  # of the first row: they lie in order
     assert targets.read([8]).any()
-    with pytest.raises(DamagedObject, match=f"^{path.relative_to(finished.path)}: row 0 fails its checksum"):
+    with pytest.raises(DamagedObject, match=f"^{path.relative_to(damageable.path)}: row 0 fails its checksum"):
         targets.read([7])
 
 
 @pytest.mark.parametrize("array", ["codes", "scales"])
-def test_the_sound_object_of_another_dataset_shard_is_refused(finished: Finished, array: str) -> None:
-    first, _, third = objects_of(finished, array)
-    ours, theirs = first.read_bytes(), third.read_bytes()
-    assert len(ours) == len(theirs)
-    first.write_bytes(theirs)
-    third.write_bytes(ours)
+def test_the_sound_object_of_another_dataset_shard_is_refused(damageable: Finished, array: str) -> None:
+    first, _, third = objects_of(damageable, array)
+    assert first.stat().st_size == third.stat().st_size
+    swap(first, third)
     for row, path in ((0, first), (14, third)):
-        with pytest.raises(DamagedObject, match=f"^{path.relative_to(finished.path)}: "):
-            patches_of(finished).read([row])
+        with pytest.raises(DamagedObject, match=f"^{path.relative_to(damageable.path)}: "):
+            patches_of(damageable).read([row])
 
 
 @pytest.mark.parametrize(
     "change", [{"transform": {"patches": "0" * 64}}, {"transform": {}}, {"fingerprint": "0" * 64}], ids=str
 )
-def test_a_commit_of_another_fit_or_teacher_is_refused(finished: Finished, change: dict[str, Any]) -> None:
-    path = finished.path / f".statsvc/commits/cache/dino/{patches_of(finished).set}/000000.json"
-    content = json.loads(path.read_bytes())
-    del content["crc32c"]
-    path.write_bytes(seal({**content, **change}))
+def test_a_commit_of_another_fit_or_teacher_is_refused(damageable: Finished, change: dict[str, Any]) -> None:
+    path = damageable.path / f".statsvc/commits/cache/dino/{patches_of(damageable).set}/000000.json"
+    reseal(path, **change)
     with pytest.raises(DamagedObject, match=r"^\.statsvc/commits/cache/dino/.*/000000\.json: .*fingerprint"):
-        patches_of(finished).read([0])
+        patches_of(damageable).read([0])
 
 
-def test_metadata_that_names_another_transform_is_refused(finished: Finished) -> None:
-    targets = patches_of(finished)
-    path = finished.path / f"teachers/dino/cache/{targets.set}/patches/codes/zarr.json"
-    other = finished.store.teacher("dino").transform("standardize").digest
+def test_metadata_that_names_another_transform_is_refused(damageable: Finished) -> None:
+    targets = patches_of(damageable)
+    path = damageable.path / f"teachers/dino/cache/{targets.set}/patches/codes/zarr.json"
+    other = damageable.store.teacher("dino").transform("standardize").digest
     path.write_text(path.read_text().replace(targets.transform.digest, other))
     with pytest.raises(DamagedObject, match="made with fingerprint and transform"):
-        patches_of(finished).read([0])
+        patches_of(damageable).read([0])
 
 
-def test_missing_metadata_of_the_targets_is_damage(finished: Finished) -> None:
-    path = f"teachers/dino/cache/{patches_of(finished).set}/patches/codes/zarr.json"
-    (finished.path / path).unlink()
+def test_missing_metadata_of_the_targets_is_damage(damageable: Finished) -> None:
+    path = f"teachers/dino/cache/{patches_of(damageable).set}/patches/codes/zarr.json"
+    (damageable.path / path).unlink()
     with pytest.raises(DamagedObject, match=f"^{path}: missing"):
-        patches_of(finished)
+        patches_of(damageable)
 
 
-def test_a_missing_or_exchanged_transform_is_refused_by_name(finished: Finished) -> None:
-    dino = finished.store.teacher("dino")
+def test_a_missing_or_exchanged_transform_is_refused_by_name(damageable: Finished) -> None:
+    dino = damageable.store.teacher("dino")
     digest, other = dino.transform("phi-s").digest, dino.transform("standardize").digest
-    path, theirs = (finished.path / f".statsvc/transforms/{d}.safetensors" for d in (digest, other))
+    path, theirs = (damageable.path / f".statsvc/transforms/{d}.safetensors" for d in (digest, other))
     path.write_bytes(theirs.read_bytes())
-    for read in (lambda: dino.transform("phi-s"), lambda: patches_of(finished).read([0], space="teacher")):
+    for read in (lambda: dino.transform("phi-s"), lambda: patches_of(damageable).read([0], space="teacher")):
         with pytest.raises(DamagedObject, match=digest):
             read()
     path.unlink()
-    for read in (lambda: dino.transform("phi-s"), lambda: patches_of(finished).read([0], space="teacher")):
+    for read in (lambda: dino.transform("phi-s"), lambda: patches_of(damageable).read([0], space="teacher")):
         with pytest.raises(DamagedObject, match=rf"^\.statsvc/transforms/{digest}\.safetensors: missing"):
             read()
-    assert patches_of(finished).read([0]).any()  # the targets themselves do not need it
+    assert patches_of(damageable).read([0]).any()  # the targets themselves do not need it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,11 +49,6 @@ REPORT: dict[str, Any] = {
     "pilot": [2, 0], "rank": 8, "options": None, "near": None, "feature_std": 1.5,
 }  # fmt: skip
 RUN_RECORD: dict[str, Any] = {"plan": {"teachers": {"dino": {}}}, "locations": {"a.tar": "/a.tar"}, "quarantine": {}}
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> LocalBackend:
-    return LocalBackend(str(tmp_path))
 
 
 def group(attributes: dict[str, Any]) -> bytes:

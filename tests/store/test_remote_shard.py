@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from statsvc.store import remote_shard
 from statsvc.store.remote_shard import RemoteShard
 from statsvc.store.shard_file import ShardFile, ShardWriter
 from tests.support.http_stub import stub
+from tests.support.waiting import in_threads
 
 PATH = "teachers/dino/codes/c/0/0"
 
@@ -209,7 +209,6 @@ def test_threads_read_one_shard_over_http(storage: Counting) -> None:
     rows, row_nbytes = 40, 200_000
     record = write_shard(storage, rows, list(range(rows)), row_nbytes)
     mapped = ShardFile(storage.view(PATH), rows, row_nbytes)
-    wrong: list[object] = []
     with stub() as server:
         server.objects[PATH] = storage.read(PATH)
         server.always = lambda handler: handler.behave(ETag=f'"{record.content_crc32c}"')
@@ -217,19 +216,10 @@ def test_threads_read_one_shard_over_http(storage: Counting) -> None:
         shard = RemoteShard(remote, record, rows, row_nbytes)
 
         def work(seed: int) -> None:
-            try:
-                rng = np.random.default_rng(seed)
-                for _ in range(5):
-                    asked = rng.integers(0, rows, 10).tolist()
-                    if not np.array_equal(read(shard, asked, row_nbytes), read(mapped, asked, row_nbytes)):
-                        wrong.append(asked)
-            except Exception as error:
-                wrong.append(error)
+            rng = np.random.default_rng(seed)
+            for _ in range(5):
+                asked = rng.integers(0, rows, 10).tolist()
+                np.testing.assert_array_equal(read(shard, asked, row_nbytes), read(mapped, asked, row_nbytes))
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(6, work)
         shard.verify_all()
-    assert wrong == []

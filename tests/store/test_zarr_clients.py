@@ -18,6 +18,7 @@ import zarr
 from obstore.store import HTTPStore
 from zarr.storage import FsspecStore, ObjectStore
 
+from tests.support.damage import damage
 from tests.support.finished import ABSENT, ROWS_PER_SHARD, Finished
 from tests.support.service import Running, serving
 from tests.support.transfers import connected
@@ -120,8 +121,7 @@ def from_disk(store: Path, wanted: Wanted) -> list[np.ndarray]:
 
 
 def codes_of(finished: Finished) -> str:
-    (set_,) = finished.store.teacher("dino").cache_sets()
-    return f"teachers/dino/cache/{set_}/patches/codes"
+    return f"teachers/dino/cache/{finished.cache_set()}/patches/codes"
 
 
 def served_in_parts(running: Running) -> float:
@@ -172,13 +172,15 @@ def test_rows_across_shards_come_together(read: Reader, service_once: Running, f
         np.testing.assert_array_equal(there, here)
 
 
-def test_a_dataset_shard_without_its_commit_reads_as_absent(read: Reader, service: Running, finished: Finished) -> None:
-    for commit in finished.path.glob(".statsvc/commits/cache/*/*/000001.json"):
+def test_a_dataset_shard_without_its_commit_reads_as_absent(
+    read: Reader, service: Running, damageable: Finished
+) -> None:
+    for commit in damageable.path.glob(".statsvc/commits/cache/*/*/000001.json"):
         commit.unlink()
-    codes = codes_of(finished)
+    codes = codes_of(damageable)
     wanted: Wanted = [(codes, 0, 21), (codes.replace("/codes", "/target_var"), 0, 3), ("samples/status", 0, 21)]
     found = read(f"{service.url}/zarr", {}, wanted)
-    for (path, *_), there, here in zip(wanted, found, from_disk(finished.path, wanted), strict=True):
+    for (path, *_), there, here in zip(wanted, found, from_disk(damageable.path, wanted), strict=True):
         rows = slice(7, 14) if len(here) == 21 else slice(1, 2)
         assert here[rows].any(), "it lies on disk"
         absent = np.isnan(there[rows]) if there.dtype.kind == "f" else there[rows] == 0
@@ -187,13 +189,11 @@ def test_a_dataset_shard_without_its_commit_reads_as_absent(read: Reader, servic
 
 
 def test_a_damaged_shard_is_an_error_and_never_reads_as_absent(
-    read: Reader, service: Running, finished: Finished
+    read: Reader, service: Running, damageable: Finished
 ) -> None:
-    codes = codes_of(finished)
-    file = finished.path / codes / "c/1/0/0"
-    content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(content[:-1])
+    codes = codes_of(damageable)
+    file = damageable.path / codes / "c/1/0/0"
+    damage(file, lambda data: data[:-1])
     with pytest.raises(Exception, match=r"409|Conflict|already exists"):
         read(f"{service.url}/zarr", {}, [(codes, 7, 14)])
     file.unlink()

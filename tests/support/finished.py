@@ -23,6 +23,8 @@ import workers.driver.run
 from statsvc.plan import Plan
 from statsvc.progress import Display
 from statsvc.store.reader import Store, open_store
+from tests.support.contents import contents
+from tests.support.damage import Content, content_of, restore
 from tests.support.plans import TINY_SIGLIP
 from tests.support.service import Running, serving
 from tests.support.tiny import photographs, write_tar
@@ -83,12 +85,18 @@ class Finished:
         return workers.driver.run.run(self.plan, Display())
 
     def contents(self) -> dict[str, bytes]:
-        """Every object of the store by path, without the record of the run, which names folders, and the lease."""
-        return {
-            str(path.relative_to(self.path)): path.read_bytes()
-            for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name not in ("run.json", "lease.json")
-        }
+        """Every object of the store by path, without what differs between runs."""
+        return contents(self.path)
+
+    def cache_set(self) -> str:
+        """The only cache set of dino."""
+        (name,) = self.store.teacher("dino").cache_sets()
+        return name
+
+    def cache_commit(self, teacher: str, shard: int) -> Path:
+        """The commit of a dataset shard in the only cache set of a teacher."""
+        (found,) = (self.path / f".statsvc/commits/cache/{teacher}").glob(f"*/{shard:06d}.json")
+        return found
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +155,24 @@ def finished(
     return Finished(folder, plan_for(folder, dinov2))
 
 
+@pytest.fixture(scope="module")
+def damageable_once(
+    finished_once: Finished, dinov2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Finished, Content]:
+    """A copy for all tests of a module, and what it holds."""
+    folder = tmp_path_factory.mktemp("damageable") / "finished"
+    shutil.copytree(finished_once.folder, folder)
+    return Finished(folder, plan_for(folder, dinov2)), content_of(folder)
+
+
+@pytest.fixture
+def damageable(damageable_once: tuple[Finished, Content]) -> Iterator[Finished]:
+    """A copy which a test may damage, but not run again: it is restored for the next test, and not copied."""
+    made, before = damageable_once
+    yield made
+    restore(made.folder, before)
+
+
 def write_checkpoint(folder: Path) -> Path:
     """A Dinov2 of width 32 with random weights, always the same."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -195,9 +221,9 @@ def in_process(patch: pytest.MonkeyPatch, decoders: Decoders) -> None:
 
 
 @pytest.fixture
-def service(finished: Finished) -> Iterator[Running]:
-    """The service of a copy of the finished store."""
-    with serving(finished.path) as running:
+def service(damageable: Finished) -> Iterator[Running]:
+    """The service of a copy of the finished store, which a test may damage."""
+    with serving(damageable.path) as running:
         yield running
 
 

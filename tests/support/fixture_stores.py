@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import statsvc
-from statsvc.storage.fence import LEASE
+from tests.support.contents import contents
 
 FOLDER = Path(__file__).parents[1] / "fixtures"
 ARCHIVES = FOLDER / "stores"
@@ -34,12 +34,8 @@ def unpack(kind: str, folder: Path) -> Path:
 
 
 def objects_of(store: Path) -> dict[str, str]:
-    """sha256 of every object of a store by path, without the record of the run and the lease."""
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and str(path.relative_to(store)) not in (RUN, LEASE)
-    }
+    """sha256 of every object of a store by path, without what differs between runs."""
+    return {path: hashlib.sha256(data).hexdigest() for path, data in contents(store).items()}
 
 
 def targets_of(location: str) -> dict[str, dict[str, Any]]:

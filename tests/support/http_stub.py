@@ -44,6 +44,18 @@ class Stub(ThreadingHTTPServer):
         self.token: str | None = None
         self.prefix = ""
 
+    def hold(self, part: str = "") -> threading.Event:
+        """Keep requests for paths with that part waiting until the event is set."""
+        go_on = threading.Event()
+
+        def wait(handler: Handler) -> None:
+            if part in handler.path:
+                go_on.wait(30)
+            handler.behave()
+
+        self.always = wait
+        return go_on
+
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import pytest
 
 from statsvc.digests import crc32c_hex
 from statsvc.storage import open_backend
@@ -79,6 +80,13 @@ def connected(running: Running) -> Iterator[Client]:
         yield client
     finally:
         client.connection.close()
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Client]:
+    """A client of the service that a module has as `running`."""
+    with connected(running) as opened:
+        yield opened
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import psutil
@@ -21,6 +22,12 @@ def wait_for(happened: Callable[[], T], what: Callable[[], object] | str = "", s
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what() if callable(what) else what}"
         time.sleep(0.005)
     return answer
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> None:
+    """Do the work of so many numbers, each in a thread; raises what one of them raised."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 def wait_until_closed_by(port: int) -> None:

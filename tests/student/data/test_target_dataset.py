@@ -18,6 +18,7 @@ from statsvc.errors import AbsentRow, DamagedObject, NotFound, PlanError, ShardC
 from statsvc.plan import Data, Targets
 from statsvc.store.reader import open_store
 from statsvc.student import TargetDataset, decode
+from tests.support.damage import damage, flip
 from tests.support.finished import PRESENT, ROWS_PER_SHARD, Finished, by_row, plan_for
 from tests.support.http_stub import stub
 from tests.support.service import Running
@@ -228,12 +229,12 @@ class TestOtherDataset:
     """Images that are not those which the teachers saw are never handed out."""
 
     @pytest.fixture
-    def dataset(self, finished: Finished) -> TargetDataset:
-        tars = str(finished.folder / "*.tar")
-        return TargetDataset(finished.path, image_size=24, shuffle=False, batch_size=3, shards=tars)
+    def dataset(self, damageable: Finished) -> TargetDataset:
+        tars = str(damageable.folder / "*.tar")
+        return TargetDataset(damageable.path, image_size=24, shuffle=False, batch_size=3, shards=tars)
 
-    def test_another_key_stops_with_where_it_belongs(self, dataset: TargetDataset, finished: Finished) -> None:
-        write_tar(finished.folder / "a.tar", photographs("a0", "a1", "c4", "a3", "a4", "a5"))
+    def test_another_key_stops_with_where_it_belongs(self, dataset: TargetDataset, damageable: Finished) -> None:
+        write_tar(damageable.folder / "a.tar", photographs("a0", "a1", "c4", "a3", "a4", "a5"))
         with pytest.raises(
             ShardChanged,
             match=r"dataset shard 0 \(a.tar\), position 2: the key found is 'c4', .* stands at position 4 of dataset "
@@ -241,56 +242,56 @@ class TestOtherDataset:
         ):
             list(dataset)
 
-    def test_a_key_that_the_store_never_saw_stops_too(self, dataset: TargetDataset, finished: Finished) -> None:
-        write_tar(finished.folder / "a.tar", photographs("a0", "other"))
+    def test_a_key_that_the_store_never_saw_stops_too(self, dataset: TargetDataset, damageable: Finished) -> None:
+        write_tar(damageable.folder / "a.tar", photographs("a0", "other"))
         with pytest.raises(ShardChanged, match=r"position 1: the key found is 'other', .* that key stands nowhere"):
             list(dataset)
 
-    def test_a_dataset_shard_that_ends_early_stops(self, dataset: TargetDataset, finished: Finished) -> None:
-        write_tar(finished.folder / "a.tar", photographs("a0", "a1"))
+    def test_a_dataset_shard_that_ends_early_stops(self, dataset: TargetDataset, damageable: Finished) -> None:
+        write_tar(damageable.folder / "a.tar", photographs("a0", "a1"))
         with pytest.raises(ShardChanged, match="position 2: the dataset shard ends there"):
             list(dataset)
 
-    def test_one_that_goes_on_beyond_its_rows_stops(self, dataset: TargetDataset, finished: Finished) -> None:
+    def test_one_that_goes_on_beyond_its_rows_stops(self, dataset: TargetDataset, damageable: Finished) -> None:
         keys = ("a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8")
-        write_tar(finished.folder / "a.tar", photographs(*keys))
+        write_tar(damageable.folder / "a.tar", photographs(*keys))
         with pytest.raises(ShardChanged, match="position 6: the key found is 'a6'"):
             list(dataset)
 
-    def test_the_same_keys_with_other_pixels_stop(self, dataset: TargetDataset, finished: Finished) -> None:
+    def test_the_same_keys_with_other_pixels_stop(self, dataset: TargetDataset, damageable: Finished) -> None:
         others = [(f"a{n}.jpg", content) for n, (_, content) in enumerate(photographs(*"uvwxyz"))]
-        write_tar(finished.folder / "a.tar", others)
+        write_tar(damageable.folder / "a.tar", others)
         with pytest.raises(ShardChanged, match="has the samples that were indexed and other bytes"):
             list(dataset)
 
-    def test_a_tar_that_is_replaced_while_it_is_read_stops(self, dataset: TargetDataset, finished: Finished) -> None:
+    def test_a_tar_that_is_replaced_while_it_is_read_stops(self, dataset: TargetDataset, damageable: Finished) -> None:
         batches = iter(dataset)
         next(batches)
-        replaced = finished.folder / "a.tar"
+        replaced = damageable.folder / "a.tar"
         content = replaced.read_bytes()
         replaced.unlink()
         replaced.write_bytes(content)
         with pytest.raises(ShardChanged, match="was replaced or removed while it was read"):
             next(batches)
 
-    def test_a_dataset_shard_that_is_named_nowhere_is_missed_at_once(self, finished: Finished) -> None:
+    def test_a_dataset_shard_that_is_named_nowhere_is_missed_at_once(self, damageable: Finished) -> None:
         with pytest.raises(NotFound, match=r"dataset shard 1 \(b.tar\) is not among the 2 that shards="):
-            TargetDataset(finished.path, image_size=24, shards=[str(finished.folder / "[ac].tar")])
-        TargetDataset(finished.path, image_size=24, shards=[str(finished.folder / "[ac].tar")], only=[0, 2])
+            TargetDataset(damageable.path, image_size=24, shards=[str(damageable.folder / "[ac].tar")])
+        TargetDataset(damageable.path, image_size=24, shards=[str(damageable.folder / "[ac].tar")], only=[0, 2])
 
 
 def test_images_come_from_a_server_through_the_cache(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damageable: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    local = list(TargetDataset(finished.path, image_size=24))
+    local = list(TargetDataset(damageable.path, image_size=24))
     with stub() as server:
-        for path in finished.folder.glob("*.tar"):
+        for path in damageable.folder.glob("*.tar"):
             server.objects[f"/{path.name}"] = path.read_bytes()
         patterns = [f"{server.url}/{name}.tar" for name in "abc"]
 
         def read(cache: str) -> list[Batch]:
-            return list(TargetDataset(finished.path, image_size=24, shards=patterns, cache=tmp_path / cache))
+            return list(TargetDataset(damageable.path, image_size=24, shards=patterns, cache=tmp_path / cache))
 
         assert all(map(same, read("cache"), local))
         asked = len(server.seen)
@@ -327,13 +328,11 @@ def test_the_student_sees_every_random_view_as_the_teachers_saw_it(
     assert 0 < flips < len(shown)
 
 
-def test_damaged_targets_are_not_handed_out(finished: Finished) -> None:
-    (shard,) = finished.path.glob("teachers/dino/cache/*/patches/codes/c/0/0/0")
-    content = bytearray(shard.read_bytes())
-    content[100] ^= 1
-    shard.write_bytes(content)
+def test_damaged_targets_are_not_handed_out(damageable: Finished) -> None:
+    (shard,) = damageable.path.glob("teachers/dino/cache/*/patches/codes/c/0/0/0")
+    damage(shard, lambda data: flip(data, 100))
     with pytest.raises(DamagedObject, match="row 0 fails its checksum"):
-        list(TargetDataset(finished.path, teachers=["dino"]))
+        list(TargetDataset(damageable.path, teachers=["dino"]))
 
 
 @pytest.mark.parametrize(

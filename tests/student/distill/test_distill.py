@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -188,15 +188,28 @@ def test_targets_of_another_grid_are_brought_to_the_students(finished_once: Fini
     assert list(report["teachers"]) == ["dino"]
 
 
-def test_patches_that_are_not_wholly_image_are_neither_learned_nor_measured(
+@pytest.fixture
+def ran(
     dinov2: Path, decoders: Decoders, finished_once: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[..., Plan]:
+    """Runs a plan of dino alone, with some keys changed, over copies of the dataset shards."""
     in_process(monkeypatch, decoders)
     for path in finished_once.folder.glob("*.tar"):
         shutil.copy(path, tmp_path / path.name)
-    plan = plan_for(tmp_path, dinov2, views={"kind": "whole"})
-    plan = plan.model_copy(update={"teachers": {"dino": plan.teachers["dino"]}})
-    assert run(plan, Told()) == 0
+
+    def ran(**changes: Any) -> Plan:
+        plan = plan_for(tmp_path, dinov2, **changes)
+        plan = plan.model_copy(update={"teachers": {"dino": plan.teachers["dino"]}})
+        assert run(plan, Told()) == 0
+        return plan
+
+    return ran
+
+
+def test_patches_that_are_not_wholly_image_are_neither_learned_nor_measured(
+    ran: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ran(views={"kind": "whole"})
     seen: list[dict[str, torch.Tensor]] = []
     real = Objective.forward
 
@@ -245,15 +258,8 @@ def test_bfloat16_is_for_the_forward_pass_alone(finished_once: Finished, tmp_pat
     assert all(each.dtype == torch.float32 for each in moments)
 
 
-def test_a_raw_store_is_normalized_by_the_method_of_the_plan(
-    dinov2: Path, decoders: Decoders, finished_once: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_process(monkeypatch, decoders)
-    for path in finished_once.folder.glob("*.tar"):
-        shutil.copy(path, tmp_path / path.name)
-    raw = plan_for(tmp_path, dinov2, targets={"space": "teacher", "dtype": "float32"}, normalize="standardize")
-    raw = raw.model_copy(update={"teachers": {"dino": raw.teachers["dino"]}})
-    assert run(raw, Told()) == 0
+def test_a_raw_store_is_normalized_by_the_method_of_the_plan(ran: Callable[..., Plan], tmp_path: Path) -> None:
+    raw = ran(targets={"space": "teacher", "dtype": "float32"}, normalize="standardize")
     told = Told()
     assert distill(raw, recipe(tmp_path / "out"), told) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from statsvc.storage import open_backend
 from statsvc.storage.backend import Backend
 from statsvc.storage.fence import LEASE, RELEASED
 from statsvc.student import TargetDataset
+from tests.support.commands import COMMAND
 from tests.support.finished import PRESENT, Finished, plan_for
 from tests.support.plans import TINY_SIGLIP, write_plan
 from tests.support.s3_server import S3Server
@@ -80,7 +80,7 @@ def test_the_commands_take_a_bucket_for_a_store(finished: Finished, s3_store: st
         "statistics": {"images": "all"},
         "engine": {"batch_size": 4, "decoders": 1},
     }
-    command = [sys.executable, "-c", "from statsvc.cli import main; main()", "run", str(write_plan(tmp_path, document))]
+    command = [*COMMAND, "run", str(write_plan(tmp_path, document))]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr + ran.stdout
     shown = CliRunner().invoke(cli, ["status", "--store", s3_store, "--json"], standalone_mode=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,14 @@ import statsvc
 from statsvc.storage import open_backend
 from statsvc.storage.lease import Lease
 from tests import ROOT
+from tests.support.commands import COMMAND, is_spawned, statsvc_command
+from tests.support.contents import contents as contents_of
 from tests.support.plans import TINY_DINO, TINY_SIGLIP, plan_document, tiny_dino, write_plan
 from workers.demo import write_shard
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-c", "from statsvc.cli import main; main()"]
-LEFT_OUT = "run.json"  # holds where things lie, so it differs between folders
-
-
-def statsvc_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-
-
-def contents(store: Path) -> dict[str, str]:
-    """sha256 of every object, by path."""
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in store.rglob("*")
-        if path.is_file() and path.name != LEFT_OUT
-    }
+contents = partial(contents_of, left_out=["run.json"])  # it holds where things lie, so it differs between folders
 
 
 def count_files(folder: Path) -> int:
@@ -162,7 +150,7 @@ class TestKilled:
             for moment in (30, 75, 95, 150, 190):
                 while driver.poll() is None and count_files(store) <= moment:
                     time.sleep(0.002)
-                workers = [child for child in psutil.Process(driver.pid).children() if is_worker(child)]
+                workers = [child for child in psutil.Process(driver.pid).children() if is_spawned(child)]
                 for worker in workers:
                     worker.kill()
                     killed += 1
@@ -188,13 +176,6 @@ class TestKilled:
         assert not list(store.rglob("*.partial-*"))
         assert statsvc_command("run", plan).returncode == 0
         assert contents(store) == contents(undisturbed[0])
-
-
-def is_worker(process: psutil.Process) -> bool:
-    try:
-        return "spawn_main" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 class started:  # noqa: N801 - reads as a sentence: with started(plan) as driver

@@ -17,10 +17,11 @@ import pytest
 
 from statsvc.errors import EngineError, PlanError
 from statsvc.plan import Teacher
+from tests.support.commands import COMMAND
 from tests.support.plans import plan_document, write_plan
 from tests.support.ray_cluster import HEAD, RayCluster
 from tests.support.tiny import photographs, plain_image, write_tar
-from tests.workers.driver.test_run import COMMAND, contents
+from tests.workers.driver.test_run import contents
 from workers.engines.ray.actor import Actor
 from workers.engines.ray.cluster import Cluster
 from workers.engines.ray.nodes import check_same
@@ -81,7 +82,7 @@ def workspace(tmp_path: Path, dataset: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inline(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, str]:
+def inline(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, bytes]:
     """What the inline engine stores, with one torch thread."""
     folder = tmp_path_factory.mktemp("inline")
     (folder / "slowly.py").write_text(TEACHER)
@@ -156,7 +157,7 @@ def joined(cluster: RayCluster) -> dict[str, Any]:
 
 class TestOneClusterFromOneNodeToTwo:
     def test_one_worker_stores_the_bytes_of_the_inline_engine(
-        self, cluster: RayCluster, workspace: Path, inline: dict[str, str]
+        self, cluster: RayCluster, workspace: Path, inline: dict[str, bytes]
     ) -> None:
         environment = {**cluster.environment, "RAY_ADDRESS": cluster.address}
         finished = run(workspace, {"kind": "ray", "address": "auto"}, environment)
@@ -165,7 +166,7 @@ class TestOneClusterFromOneNodeToTwo:
         assert "raylet" not in finished.stdout + finished.stderr
 
     def test_a_worker_killed_in_the_middle_of_a_unit_is_replaced_and_nothing_differs(
-        self, cluster: RayCluster, workspace: Path, inline: dict[str, str]
+        self, cluster: RayCluster, workspace: Path, inline: dict[str, bytes]
     ) -> None:
         (workspace / "delay").write_text("0.3")
         with Driver(workspace, joined(cluster), cluster.environment) as driver:
@@ -188,7 +189,7 @@ class TestOneClusterFromOneNodeToTwo:
         assert len(cached) == SHARDS - 1
 
     def test_a_node_that_joins_later_gets_work(
-        self, cluster: RayCluster, workspace: Path, inline: dict[str, str]
+        self, cluster: RayCluster, workspace: Path, inline: dict[str, bytes]
     ) -> None:
         (workspace / "delay").write_text("0.3")
         with Driver(workspace, joined(cluster), cluster.environment) as driver:
@@ -200,7 +201,7 @@ class TestOneClusterFromOneNodeToTwo:
         assert contents(workspace / "store") == inline
 
     def test_a_node_killed_in_the_middle_of_a_run_leaves_the_bytes_as_they_are(
-        self, cluster: RayCluster, workspace: Path, inline: dict[str, str]
+        self, cluster: RayCluster, workspace: Path, inline: dict[str, bytes]
     ) -> None:
         (workspace / "delay").write_text("0.3")
         with Driver(workspace, joined(cluster), cluster.environment) as driver:
@@ -212,7 +213,7 @@ class TestOneClusterFromOneNodeToTwo:
         assert contents(workspace / "store") == inline
 
 
-def test_a_cluster_whose_head_is_gone_ends_the_run_with_a_sentence(workspace: Path, inline: dict[str, str]) -> None:
+def test_a_cluster_whose_head_is_gone_ends_the_run_with_a_sentence(workspace: Path, inline: dict[str, bytes]) -> None:
     (workspace / "delay").write_text("0.3")
     with RayCluster() as cluster, Driver(workspace, joined(cluster), cluster.environment) as driver:
         driver.wait_until(lambda: driver.done_on(HEAD))
@@ -236,7 +237,7 @@ def computing(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 class TestAClusterOfItsOwn:
     def test_interrupted_then_killed_then_finished_it_stores_the_same_bytes_and_leaves_nothing_behind(
-        self, workspace: Path, inline: dict[str, str]
+        self, workspace: Path, inline: dict[str, bytes]
     ) -> None:
         (workspace / "delay").write_text("0.3")
         with Driver(workspace, {"kind": "ray"}) as driver:
