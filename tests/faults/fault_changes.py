@@ -56,12 +56,7 @@ def test_a_dataset_shard_that_changes_before_it_is_cached_is_refused_by_name_and
     site: Site, photos: Path, undisturbed: Site, faults: Faults, changes: str
 ) -> None:
     line = faults("dataset shard changed between phases")
-    with site.started(hold="fit") as driver:
-        driver.wait_until_held()
-        for name, change in CHANGES[changes].items():
-            change(site.photos / name)
-        driver.release()
-        ended = driver.end()
+    ended = site.run_with("fit", lambda: [change(site.photos / name) for name, change in CHANGES[changes].items()])
     assert ended.code == 1
     for name in ("a.tar", "b.tar", "c.tar", "d.tar"):
         assert (f"dataset shard {name} is quarantined" in ended.printed) == (name in CHANGES[changes])
@@ -86,11 +81,7 @@ def test_a_dataset_shard_that_changes_before_it_is_measured_is_left_out_of_the_f
     site: Site, photos: Path, tmp_path: Path, faults: Faults
 ) -> None:
     line = faults("dataset shard changed before the pilot")
-    with site.started(hold="commit index 3") as driver:
-        driver.wait_until_held()
-        other_bytes(site.photos / "d.tar")
-        driver.release()
-        ended = driver.end()
+    ended = site.run_with("commit index 3", lambda: other_bytes(site.photos / "d.tar"))
     assert ended.code == 1
     assert "dataset shard d.tar is quarantined in the measure phase" in ended.printed
     shutil.copy(photos / "d.tar", site.photos / "d.tar")

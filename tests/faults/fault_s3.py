@@ -113,11 +113,10 @@ def test_a_storage_that_is_gone_for_good_ends_the_run_with_a_sentence(
     line = faults("S3: outage")
     with faulty_proxy(s3_once.endpoint) as proxy:
         reached = environment(proxy.endpoint)
-        with remote.started(hold="commit cache 2", constants=IMPATIENT, environment=reached) as driver:
-            driver.wait_until_held()
-            proxy.fail(Fault("status", 503), times=1 << 30)
-            driver.release()
-            ended = driver.end()
+        ended = remote.run_with(
+            "commit cache 2", lambda: proxy.fail(Fault("status", 503), times=1 << 30), constants=IMPATIENT,
+            environment=reached,
+        )  # fmt: skip
         assert ended.code == 3
         assert "503" in ended.sentence or remote.location in ended.sentence
         proxy.heal()

@@ -60,17 +60,13 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_shows_nothing_half_written
 ) -> None:
     site = new_site(tmp_path, photos, str(disk / "store"))
     line = faults(f"disk full {moment}")
-    with site.started(hold=MOMENTS[moment]) as driver:
-        driver.wait_until_held()
-        ballast = fill(disk)
-        driver.release()
-        ended = driver.end()
+    ended = site.run_with(MOMENTS[moment], lambda: fill(disk))
     assert ended.code == 3
     assert "the disk of the store is full; free some space, then run the same command to go on" in ended.sentence
     whole = contents(undisturbed.store)
-    visible = {path: digest for path, digest in contents(site.store).items() if ".partial-" not in path}
+    visible = {path: data for path, data in contents(site.store).items() if ".partial-" not in path}
     assert visible.items() <= whole.items()
-    ballast.unlink()
+    (disk / "ballast").unlink()
     again = site.run()
     assert again.code == 0, again
     assert not list(site.store.rglob("*.partial-*"))
@@ -143,11 +139,7 @@ def test_a_store_that_becomes_read_only_ends_the_run_with_a_sentence(
     mounted: Site, undisturbed: Site, faults: Faults
 ) -> None:
     line = faults("store that becomes read-only")
-    with mounted.started(hold="commit cache 2") as driver:
-        driver.wait_until_held()
-        remount(mounted, "ro")
-        driver.release()
-        ended = driver.end()
+    ended = mounted.run_with("commit cache 2", lambda: remount(mounted, "ro"))
     assert ended.code == 3
     assert "Read-only file system" in ended.sentence
     remount(mounted, "rw")
@@ -163,11 +155,7 @@ def test_a_store_that_is_removed_under_a_run_ends_it_and_is_not_begun_anew(
     site: Site, undisturbed: Site, faults: Faults, place: str
 ) -> None:
     line = faults("store folder removed under a running driver")
-    with site.started(hold=place) as driver:
-        driver.wait_until_held()
-        shutil.rmtree(site.store)
-        driver.release()
-        ended = driver.end()
+    ended = site.run_with(place, lambda: shutil.rmtree(site.store))
     assert ended.code == 3
     assert site.location in ended.sentence or "lease" in ended.sentence
     assert [path for path in site.store.rglob("*") if path.is_file()] == []
@@ -180,11 +168,7 @@ def test_a_store_that_is_renamed_under_a_run_ends_it_and_can_be_put_back(
 ) -> None:
     line = faults("store folder renamed under a running driver")
     away = site.folder / "away"
-    with site.started(hold="commit cache 1") as driver:
-        driver.wait_until_held()
-        site.store.rename(away)
-        driver.release()
-        ended = driver.end()
+    ended = site.run_with("commit cache 1", lambda: site.store.rename(away))
     assert ended.code == 3
     assert site.location in ended.sentence or "lease" in ended.sentence
     assert [path for path in site.store.rglob("*") if path.is_file()] == []

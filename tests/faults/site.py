@@ -101,6 +101,14 @@ class Site:
         found: dict[str, Any] = json.loads(self.command("status", "--json").printed)
         return found
 
+    def run_with(self, place: str, meanwhile: Callable[[], object], **faults: Any) -> Ended:
+        """A run to its end, which is told to wait at a place while something is done."""
+        with self.started(hold=place, **faults) as driver:
+            driver.wait_until_held()
+            meanwhile()
+            driver.release()
+            return driver.end()
+
     @contextmanager
     def started(
         self,

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tests.support.ports import served
+
 BLOCK_NBYTES = 64 << 10
 BUSY = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>"
 
@@ -105,14 +107,8 @@ def faulty_proxy(endpoint: str) -> Iterator[FaultyProxy]:
     server = _Server(("127.0.0.1", 0), _Handler)
     server.proxy = FaultyProxy(f"http://127.0.0.1:{server.server_address[1]}")
     server.upstream = urlsplit(endpoint).netloc
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with served(server):
         yield server.proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Server(ThreadingHTTPServer):

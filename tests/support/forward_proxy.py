@@ -10,10 +10,11 @@ import http.client
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+from tests.support.ports import served
 
 
 class ForwardProxy(ThreadingHTTPServer):
@@ -105,13 +106,5 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
         other.shutdown(socket.SHUT_WR)
 
 
-@contextmanager
-def forward_proxy() -> Iterator[ForwardProxy]:
-    with ForwardProxy() as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            proxy.shutdown()
-            thread.join()
+def forward_proxy() -> AbstractContextManager[ForwardProxy]:
+    return served(ForwardProxy())

@@ -10,14 +10,15 @@ import struct
 import termios
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
 from statsvc.digests import crc32c, crc32c_hex
 from statsvc.storage.backend import ObjectRecord
+from tests.support.ports import served
 from tests.support.waiting import wait_for
 
 Misbehaviour = Callable[["Handler"], None]
@@ -157,16 +158,8 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
-@contextmanager
-def stub(host: str = "127.0.0.1") -> Iterator[Stub]:
-    with Stub(host) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def stub(host: str = "127.0.0.1") -> AbstractContextManager[Stub]:
+    return served(Stub(host))
 
 
 def record_of(path: str, data: bytes) -> ObjectRecord:

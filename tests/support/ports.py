@@ -1,13 +1,32 @@
-"""Ports of servers that run in a process of their own."""
+"""Servers in threads of this process, and ports of those that run in one of their own."""
 
 from __future__ import annotations
 
 import random
 import socket
 import subprocess
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from socketserver import BaseServer
+from typing import TypeVar
 
 from tests.support.waiting import wait_for
+
+S = TypeVar("S", bound=BaseServer)
+
+
+@contextmanager
+def served(server: S) -> Iterator[S]:
+    """A server that answers in a thread."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def free_port() -> int:
