@@ -401,14 +401,13 @@ class TestDamage:
     """One damaged record costs what depends on it, and nothing else."""
 
     def test_a_damaged_commit_is_told_of_and_the_other_dataset_shards_are_served(self, damageable: Finished) -> None:
-        cache_set = next((damageable.path / ".statsvc/commits/cache/dino").iterdir()).name
-        (damageable.path / f".statsvc/commits/cache/dino/{cache_set}/000001.json").write_bytes(b"{}")
+        damageable.cache_commit("dino", 1).write_bytes(b"{}")
         (damageable.path / ".statsvc/commits/index/000002.json").write_bytes(b"{}")
         with serving(damageable.path) as running, httpx.Client(base_url=running.url) as client:
             # What was never sound was not counted; what was sound a moment ago is met by the routes.
             assert [entry["shard"] for entry in got(client, "/teachers/dino/shards")["shards"]] == [0, 2]
             assert got(client, "/teachers/dino")["cache_sets"][0]["damaged_commits"] == 1
-            (damageable.path / f".statsvc/commits/cache/dino/{cache_set}/000002.json").write_bytes(b"{}")
+            damageable.cache_commit("dino", 2).write_bytes(b"{}")
             found = got(client, "/teachers/dino/shards")
             assert ([entry["shard"] for entry in found["shards"]], found["damaged"]) == ([0], [2])
             assert got(client, "/teachers/dino/report")["damaged"] == [2]
