@@ -17,7 +17,7 @@ from statsvc.numerics.codec import codec
 from statsvc.storage.read_ahead import map_ahead
 from statsvc.store.commits import Commit
 from statsvc.store.layout import ArraySpec, cache_arrays
-from statsvc.store.paths import set_dtype
+from statsvc.store.paths import cache_group, set_dtype
 from statsvc.store.reader import Teacher
 
 router = APIRouter(tags=["feature shards"])
@@ -57,7 +57,7 @@ def list_shards(
     chosen = choose_set(service, teacher, set_)
     array = choose_array(teacher, chosen, array)
     output = array.partition("/")[0]
-    ledger, folder = teacher.store.ledger, f"teachers/{name}/cache/{chosen}/{array}/"
+    ledger, folder = teacher.store.ledger, f"{cache_group(name, chosen, array)}/"
     numbers = service.counts.shards(name, chosen, start)
     entries, damaged, digest = [], [], None
 

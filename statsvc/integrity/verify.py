@@ -10,7 +10,7 @@ from collections import Counter
 
 from statsvc.errors import DamagedObject, NotFound, StoreError
 from statsvc.integrity.copies import check_copies, lost, settle
-from statsvc.integrity.findings import Damage, Findings, Verdict
+from statsvc.integrity.findings import Findings, Verdict
 from statsvc.integrity.fits import FitCheck
 from statsvc.integrity.metadata import array_faults, root_fault, teacher_fault
 from statsvc.integrity.unaccounted import has_objects, take
@@ -35,12 +35,6 @@ from statsvc.store.paths import (
 )
 from statsvc.store.reader import Store, open_store
 from statsvc.store.records import fault_named_by, read_run
-
-
-def verify_store(location: str) -> tuple[int, list[Damage]]:
-    """How many objects were checked, and those that are damaged or foreign, by path."""
-    verdict = examine(location)
-    return verdict.checked, verdict.damage
 
 
 def examine(location: str) -> Verdict:

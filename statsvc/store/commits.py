@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from statsvc.storage.backend import Backend, ObjectRecord
 from statsvc.storage.read_ahead import map_ahead
-from statsvc.store.paths import commit_folder, commit_path, commit_shard, parse
+from statsvc.store.paths import commit_folder, commit_path, commit_shard
 from statsvc.store.sealed import not_as_written, seal, unseal
 
 
@@ -124,12 +124,6 @@ class Ledger:
         """Make a unit visible. Everything it names must be published already."""
         self._backend.write(commit.path, commit.to_bytes())
         self._read[commit.path] = commit
-
-
-def pilots(backend: Backend) -> list[str]:
-    """Paths of the records of pilots."""
-    folder = commit_folder("pilot")
-    return [f"{folder}/{name}" for name in backend.list(folder) if parse(f"{folder}/{name}")]
 
 
 def teachers_with_commits(backend: Backend) -> list[str]:

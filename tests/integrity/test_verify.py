@@ -16,7 +16,7 @@ import pytest
 from statsvc.dataset.keys import key_hash
 from statsvc.errors import LeaseError
 from statsvc.integrity.repair import repair
-from statsvc.integrity.verify import verify_store
+from statsvc.integrity.verify import examine
 from statsvc.storage.lease import Lease
 from statsvc.store.arrays import write_chunk
 from statsvc.store.layout import moments_arrays
@@ -416,7 +416,7 @@ def test_what_was_done_under_a_number_goes_with_its_index(finished: Finished) ->
 
 def test_repair_says_nothing_can_be_removed_twice(damageable: Finished) -> None:
     damage(damageable.path / "samples/views/c/1/0")
-    _, lines = verify_store(str(damageable.path))
+    lines = examine(str(damageable.path)).damage
     assert len(repair(str(damageable.path), lines).removed) == 2
     assert repair(str(damageable.path), lines).removed == []
 

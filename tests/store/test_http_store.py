@@ -16,7 +16,7 @@ from pydantic import SecretStr
 import statsvc
 from statsvc.cli import cli
 from statsvc.errors import AbsentRow, DamagedObject, NotAStore, NotFound, PlanError, StoreError
-from statsvc.integrity.verify import verify_store
+from statsvc.integrity.verify import examine
 from statsvc.numerics.moments import Moments
 from statsvc.store.commits import Commit
 from statsvc.store.reader import Store
@@ -134,9 +134,9 @@ def test_status_and_verify_work_over_http(service_once: Running) -> None:
     assert code == 0
     expected = describe(statsvc.open(str(service_once.store_path))) | {"quarantined": []}
     assert json.loads(printed) == json.loads(json.dumps(expected))
-    checked, damage = verify_store(service_once.url)
+    checked, damage, unfinished = examine(service_once.url)
     copies = [path for path in (service_once.store_path / ".statsvc/copies").rglob("*") if path.is_file()]
-    assert (checked + len(copies), damage) == verify_store(str(service_once.store_path))  # which are not served
+    assert (checked + len(copies), damage, unfinished) == examine(str(service_once.store_path))  # which are not served
     assert checked > 50
     assert damage == []
 
@@ -148,7 +148,7 @@ def test_damage_is_found_over_http_and_repaired_only_where_the_store_lies(
     damage(codes, lambda data: flip(data, 100))
     moments = next(damageable.path.glob("teachers/dino/moments/patches/mean/c/0/0/0"))
     damage(moments, lambda data: flip(data, 10))
-    found = {found.path for found in verify_store(service.url)[1]}
+    found = {found.path for found in examine(service.url).damage}
     assert found == {str(path.relative_to(damageable.path)) for path in (codes, moments)}
     targets = statsvc.open(service.url).teacher("dino").targets("patches")
     targets.read([0, 1])
@@ -166,7 +166,7 @@ def test_a_shard_of_the_wrong_size_is_damage(service: Running, damageable: Finis
     targets = statsvc.open(service.url).teacher("dino").targets("patches")
     with pytest.raises(DamagedObject, match="codes/c/1/0/0: it answers 409"):
         targets.read([7])
-    assert {found.path for found in verify_store(service.url)[1]} == {str(codes.relative_to(damageable.path))}
+    assert {found.path for found in examine(service.url).damage} == {str(codes.relative_to(damageable.path))}
 
 
 # --- who may, and when ---

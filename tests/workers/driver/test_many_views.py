@@ -25,7 +25,7 @@ from rich.console import Console
 import workers.driver.run
 from statsvc.errors import DiskFull, FingerprintMismatch, PlanError, ShardTooLarge, StoreError
 from statsvc.integrity.repair import verify_and_repair
-from statsvc.integrity.verify import verify_store
+from statsvc.integrity.verify import examine
 from statsvc.numerics.codec import codec
 from statsvc.numerics.moments import Moments
 from statsvc.numerics.views import View, view_of
@@ -213,16 +213,16 @@ def test_every_view_is_measured_and_all_views_of_an_image_are_in_one_half(
 
 
 def test_verify_finds_nothing_and_views_with_other_keys(made_once: Finished, copied: Finished) -> None:
-    assert verify_store(str(made_once.path))[1] == []
+    assert examine(str(made_once.path)).damage == []
     commit = copied.store.ledger.read("index", 0)
     assert commit is not None
     for changed in (replace(commit, rows=5 * V), replace(commit, samples=3)):
         copied.store.backend.write(commit.path, changed.to_bytes())
-        assert [damage.path for damage in verify_store(str(copied.path))[1]] == [commit.path]
+        assert [damage.path for damage in examine(str(copied.path)).damage] == [commit.path]
     hash_C16 = copied.store.key_hashes(1).copy()
     hash_C16[1] = 1
     another_key(copied, hash_C16)
-    reasons = {damage.reason for damage in verify_store(str(copied.path))[1]}
+    reasons = {damage.reason for damage in examine(str(copied.path)).damage}
     assert "views of one image have several keys in samples/key_hash" in reasons
 
 
@@ -240,7 +240,7 @@ def test_a_root_whose_rows_do_not_fit_its_views_is_damaged(copied: Finished) -> 
         whole = root.read_text()
         assert old in whole
         root.write_text(whole.replace(old, new))
-        assert [damage.path for damage in verify_store(str(copied.path))[1]] == ["zarr.json"]
+        assert [damage.path for damage in examine(str(copied.path)).damage] == ["zarr.json"]
         root.write_text(whole)
 
 
@@ -344,7 +344,7 @@ def test_each_view_draws_its_own_tokens(fresh: Path, dinov2: Path, features: dic
     expected, moments = Moments.of(features["patches"][drawn_NT]), made.store.teacher("dino").moments("patches")
     assert moments.count == 5 * len(PRESENT)
     np.testing.assert_allclose(moments.mean, expected.mean, rtol=1e-4, atol=1e-5)
-    assert verify_store(str(made.path))[1] == []
+    assert examine(str(made.path)).damage == []
 
 
 # --- one unit ---

@@ -19,7 +19,7 @@ from PIL import Image
 import statsvc
 from statsvc.dataset.decode import Resize, decode_views
 from statsvc.errors import AbsentRow, FingerprintMismatch, PlanError
-from statsvc.integrity.verify import verify_store
+from statsvc.integrity.verify import examine
 from statsvc.numerics.moments import Moments
 from statsvc.numerics.views import Box, covered_tokens, extent, whole
 from statsvc.plan import Plan
@@ -83,7 +83,7 @@ def test_the_recorded_mean_and_variance_of_targets_leave_padding_out(padded: Fin
 
 
 def test_a_store_of_whole_views_verifies_and_refuses_other_views(padded: Finished, dinov2: Path) -> None:
-    assert verify_store(str(padded.path))[1] == []
+    assert examine(str(padded.path)).damage == []
     with pytest.raises(FingerprintMismatch, match="views is"):
         Finished(padded.folder, plan_for(padded.folder, dinov2)).run()
 
@@ -177,7 +177,7 @@ def test_the_moments_are_those_of_the_drawn_tokens(finished: Finished, dinov2: P
         assert [h.count for h in dino.shard_moments("summary", shard)] == [
             h.count for h in all_of_them.shard_moments("summary", shard)
         ]
-    assert verify_store(str(some))[1] == []
+    assert examine(str(some)).damage == []
 
 
 def test_another_number_of_tokens_is_another_fingerprint(finished: Finished, dinov2: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 import zarr
 
 from statsvc.errors import DamagedObject, DiskFull, NotFound, PlanError
-from statsvc.integrity.verify import verify_store
+from statsvc.integrity.verify import examine
 from statsvc.plan import read_plan
 from statsvc.storage import open_backend
 from statsvc.storage.local import LocalBackend
@@ -177,12 +177,12 @@ def test_other_limits_of_whitening_are_refused_for_raw_features_too(raw: Finishe
 
 
 def test_verify_and_status_know_raw_features(raw: Finished) -> None:
-    assert verify_store(str(raw.path))[1] == []
+    assert examine(str(raw.path)).damage == []
     values = raw.path / "teachers/siglip/cache/raw-float32/patches/values/c/2/0/0"
     content = bytearray(values.read_bytes())
     content[100] ^= 1
     values.write_bytes(content)
-    (damage,) = verify_store(str(raw.path))[1]
+    (damage,) = examine(str(raw.path)).damage
     assert damage.path == str(values.relative_to(raw.path))
 
 
@@ -195,7 +195,7 @@ def test_a_raw_set_stands_beside_normalized_ones_and_touches_none(finished: Fini
     assert {path.split("/")[3] for path in after.keys() - before.keys() if path.startswith("teachers/dino/cache")} == {
         "raw-float32"
     }
-    assert verify_store(str(both.path))[1] == []
+    assert examine(str(both.path)).damage == []
 
 
 def test_before_the_fit_features_can_be_read_and_targets_cannot(raw: Finished) -> None:
@@ -255,7 +255,7 @@ def test_a_commit_with_a_transform_is_damage_in_a_raw_set(raw: Finished) -> None
     commit = ledger.read("cache", 0, "dino", "raw-float32")
     assert commit is not None
     (raw.path / commit.path).write_bytes(replace(commit, transform={"patches": "0" * 64}).to_bytes())
-    assert commit.path in {damage.path for damage in verify_store(str(raw.path))[1]}
+    assert commit.path in {damage.path for damage in examine(str(raw.path)).damage}
     with pytest.raises(DamagedObject):
         raw.store.teacher("dino").targets("patches").read([0], "teacher")
 

@@ -12,7 +12,7 @@ import pytest
 import statsvc
 from statsvc.errors import CannotFit, DamagedObject, PlanError
 from statsvc.integrity.repair import verify_and_repair
-from statsvc.integrity.verify import verify_store
+from statsvc.integrity.verify import examine
 from statsvc.progress import Display
 from statsvc.store.reader import Store
 from statsvc.store.sealed import seal
@@ -65,7 +65,7 @@ def test_a_refit_touches_no_cache_set_and_the_next_run_caches_beside_them(grown:
     after = grown.contents()
     cached = [path for path in before if "/cache/" in path or path.startswith(".statsvc/transforms")]
     assert {path: after[path] for path in cached} == {path: before[path] for path in cached}
-    assert verify_store(str(grown.path))[1] == []
+    assert examine(str(grown.path)).damage == []
     (old,) = grown.store.teacher("dino").cache_sets()
     assert grown.run() == 0
     sets = grown.store.teacher("dino").cache_sets()
@@ -74,7 +74,7 @@ def test_a_refit_touches_no_cache_set_and_the_next_run_caches_beside_them(grown:
     both = [grown.store.teacher("dino").targets("patches", cache_set=name) for name in sets]
     assert len({targets.transform.digest for targets in both}) == 2
     np.testing.assert_allclose(both[0].read([0], "teacher"), both[1].read([0], "teacher"), atol=0.2)
-    assert verify_store(str(grown.path))[1] == []
+    assert examine(str(grown.path)).damage == []
     assert grown.run() == 0
 
 
@@ -86,7 +86,7 @@ def test_only_the_teacher_of_the_digest_is_fitted_anew(grown: Finished) -> None:
     reports = grown.store.teacher("dino").report()
     assert reports["patches"]["phi-s"]["near"] == digest
     assert reports["summary"]["phi-s"]["near"] == before["dino"]["summary"]["phi-s"]
-    assert verify_store(str(grown.path))[1] == []  # each of the two now has a pilot of its own
+    assert examine(str(grown.path)).damage == []  # each of the two now has a pilot of its own
     assert grown.run() == 0
 
 
@@ -125,10 +125,10 @@ def test_a_refit_that_was_broken_off_is_taken_up_by_the_next_run_or_refit(
         patch.setattr(workers.driver.phases.fit, "fit_teacher", dies)
         with pytest.raises(KeyboardInterrupt):
             refitted(grown)
-    assert verify_store(str(grown.path))[1] == []  # work that is left to do is no damage
+    assert examine(str(grown.path)).damage == []  # work that is left to do is no damage
     assert finish(grown) == 0
     resumed = grown.contents()
-    assert verify_store(str(grown.path))[1] == []
+    assert examine(str(grown.path)).damage == []
     for name in ("dino", "siglip"):
         assert grown.store.teacher(name).report()["patches"]["phi-s"]["near"]
     assert undisturbed.keys() < resumed.keys()
@@ -154,7 +154,7 @@ def test_a_missing_transform_of_an_earlier_fit_is_found(grown: Finished) -> None
     assert refitted(grown) == 0
     for path in (f".statsvc/transforms/{digest}.safetensors", f".statsvc/copies/transforms/{digest}.safetensors"):
         (grown.path / path).unlink()
-    (damage,) = verify_store(str(grown.path))[1]
+    (damage,) = examine(str(grown.path)).damage
     assert damage.path == f".statsvc/transforms/{digest}.safetensors"
     assert "needs it; both copies are lost" in damage.reason
 
@@ -169,7 +169,7 @@ def test_a_missing_transform_that_a_fit_is_near_to_is_found_and_a_fresh_refit_do
     near = grown.store.teacher("dino").report()["patches"]["phi-s"]["near"]
     fits = grown.store.teacher("dino").fits()["patches"]
     (grown.path / f".statsvc/transforms/{near}.safetensors").unlink()
-    assert f".statsvc/transforms/{near}.safetensors" in {damage.path for damage in verify_store(str(grown.path))[1]}
+    assert f".statsvc/transforms/{near}.safetensors" in {damage.path for damage in examine(str(grown.path)).damage}
     (grown.path / f".statsvc/transforms/{fits['phi-s']}.safetensors").unlink()
     (grown.path / ".statsvc/commits/fit/dino.json").unlink()
     assert refitted(grown, fresh=True) == 0
@@ -214,7 +214,7 @@ def test_a_refit_takes_the_plans_new_rank(finished: Finished, dinov2: Path) -> N
     (small,) = [name for name in dino.cache_sets() if dino.targets("patches", cache_set=name).k == 8]
     assert dino.targets("patches", cache_set=small).read([0]).shape == (1, 16, 8)
     assert dino.targets("patches", cache_set=small).read([0], "teacher").shape == (1, 16, 32)
-    assert verify_store(str(other.path))[1] == []
+    assert examine(str(other.path)).damage == []
 
 
 @pytest.mark.slow
