@@ -101,7 +101,7 @@ def succeed(command: list[str], folder: Path, user: dict[str, str]) -> None:
 @contextmanager
 def serving(line: str, folder: Path, user: dict[str, str], port: str) -> Iterator[None]:
     """A command that serves until Ctrl-C, once it does and what it proposes to try works."""
-    log = folder / f"serving-{port}.log"
+    log = Path(user["HOME"]) / f"serving-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {line}"], cwd=folder, env=user, stdout=output, stderr=subprocess.STDOUT,
