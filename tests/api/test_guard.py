@@ -106,7 +106,7 @@ def test_whether_the_process_lives_is_open_to_all_and_says_nothing_else(locked: 
 def test_no_secret_is_in_any_answer_or_log_line(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, "statsvc.access")
-    secrets = [TOKEN, "mistyped-t0ken", "in-the-query"]
+    secrets, ids = [TOKEN, "mistyped-t0ken", "in-the-query"], set[str]()
     headers = [[("Authorization", f"Bearer {secret}")] for secret in secrets[:2]]
     with serving(store, token=TOKEN) as running:
         for target in (
@@ -120,12 +120,14 @@ def test_no_secret_is_in_any_answer_or_log_line(store: Path, caplog: pytest.LogC
             for lines in headers:
                 joined = "&" if "?" in target else "?"
                 answer = get(running, f"{target}{joined}key=in-the-query", lines)
+                ids.add(answer.headers["x-request-id"])
                 said = repr((answer.headers, answer.body))
                 assert not [secret for secret in secrets if secret in said]
         with raw_socket(running) as connection:
             connection.sendall(f"GET /x HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nbad header\r\n\r\n".encode())
             assert b"400" in closed_by_the_service(connection)
-    assert sum(record.name == "statsvc.access" for record in caplog.records) == 12
+    written = [record.getMessage() for record in caplog.records if record.name == "statsvc.access"]
+    assert sum(any(each in line for each in ids) for line in written) == len(ids) == 12
     for record in caplog.records:
         said = f"{record.getMessage()} {record.args} {record.exc_info} {record.exc_text}"
         assert not [secret for secret in secrets if secret in said], record
