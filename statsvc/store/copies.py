@@ -6,13 +6,11 @@ cache set. So each of these small documents is stored twice, with the same bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from statsvc.errors import DamagedObject, StoreError
 from statsvc.numerics.transform import Transform
 from statsvc.storage.backend import Backend
 from statsvc.store.layout import group_metadata
-from statsvc.store.paths import copy_path, metadata_path, parse, teacher_group
+from statsvc.store.paths import COPIES, PRIVATE, copy_path, is_stored_twice, metadata_path, parse, teacher_group
 from statsvc.store.records import (
     FitsRecord,
     PilotRecord,
@@ -27,6 +25,7 @@ from statsvc.store.records import (
     parse_record,
 )
 
+FOLDERS = ("commits/fit", "commits/pilot", "transforms", "reports")
 RECORDS: dict[str, type[Record] | type[FitsRecord]] = {
     "fit": FitsRecord, "pilot": PilotRecord, "report": ReportRecord
 }  # fmt: skip
@@ -50,32 +49,40 @@ def remove_twice(backend: Backend, path: str) -> None:
     backend.remove(path)
 
 
-def stored_twice(backend: Backend) -> Iterator[str]:
+def stored_twice(backend: Backend) -> list[str]:
     """Every document that is stored twice, by the path of its original, whichever of the two is there."""
-    found = {path for path in ("zarr.json", copy_path("zarr.json")) if backend.size(path) is not None}
-    paths = {"zarr.json"} if found else set()
-    for private in (".statsvc", ".statsvc/copies"):
-        for folder in ("commits/fit", "commits/pilot", "transforms", "reports"):
-            paths |= {f".statsvc/{folder}/{name}" for name in backend.list(f"{private}/{folder}")}
-    for folder in ("teachers", ".statsvc/copies/teachers"):
-        for name in backend.list(folder):
-            if backend.size(f"{folder}/{name}/zarr.json") is not None:
-                paths.add(metadata_path(teacher_group(name)))
-    yield from sorted(path for path in paths if parse(path) is not None)
+    return sorted(_originals(backend) | _copied(backend))
 
 
 def missing_copies(backend: Backend) -> list[str]:
     """The documents, by path, that have no copy or an older one: of an older version of statsvc, or of a run that was
-    interrupted between the two.
+    interrupted between the two. Asks for a few lists, and for the bytes of what a refit replaces.
     """
-    return [path for path in stored_twice(backend) if backend.size(path) is not None and not _has_copy(backend, path)]
+    originals, copied = _originals(backend), _copied(backend)
+    older = {
+        path
+        for path in originals & copied
+        if may_be_replaced(path) and backend.read(path) != backend.read(copy_path(path))
+    }
+    return sorted(originals - copied | older)
 
 
-def _has_copy(backend: Backend, path: str) -> bool:
-    """Whether the copy is of the same size, and of what a refit replaces, of the same bytes."""
-    if backend.size(copy_path(path)) != backend.size(path):
-        return False
-    return not may_be_replaced(path) or backend.read(copy_path(path)) == backend.read(path)
+def _originals(backend: Backend) -> set[str]:
+    """The documents of which the original is there."""
+    groups = ["", *(teacher_group(name) for name in backend.list("teachers"))]
+    found = {path for path in map(metadata_path, groups) if backend.size(path) is not None}
+    return {path for path in found | _listed(backend, PRIVATE) if is_stored_twice(path)}
+
+
+def _copied(backend: Backend) -> set[str]:
+    """The documents of which the copy is there."""
+    groups = ["", *(teacher_group(name) for name in backend.list(f"{COPIES}teachers"))]
+    found = {path for path in map(metadata_path, groups) if backend.size(copy_path(path)) is not None}
+    return {path for path in found | _listed(backend, COPIES) if is_stored_twice(path)}
+
+
+def _listed(backend: Backend, place: str) -> set[str]:
+    return {f"{PRIVATE}{folder}/{name}" for folder in FOLDERS for name in backend.list(f"{place}{folder}")}
 
 
 def may_be_replaced(path: str) -> bool:

@@ -16,6 +16,7 @@ import pytest
 from tests.faults.records import Line, terminal, write
 from tests.faults.site import Site
 from tests.support.finished import *  # noqa: F403
+from tests.support.object_storage import *  # noqa: F403
 from tests.support.tiny import photographs, write_tar
 
 LINES = pytest.StashKey[dict[str, Line]]()

@@ -30,9 +30,9 @@ def served(server: S) -> Iterator[S]:
 
 
 def free_port() -> int:
-    """One that nobody listens on; drawn from below those that the system gives to connections, or one could take it."""
+    """One that nobody listens on, between the ports of Ray's workers and those that the system gives to connections."""
     while True:
-        port = random.SystemRandom().randrange(12_000, 32_000)
+        port = random.SystemRandom().randrange(20_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
