@@ -96,7 +96,7 @@ class HttpBackend:
     def remove(self, path: str) -> None:
         self._refuse(path)
 
-    def swap(self, path: str, expected: bytes | None, data: bytes | None) -> bool:
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
         self._refuse(path, expected, data)
 
     def sweep(self) -> int:
